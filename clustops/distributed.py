@@ -1,0 +1,81 @@
+"""The only file that talks to torch.distributed.
+
+Every function takes ``group``: ``None`` means this process alone, anything else is a process group.
+All reductions are deterministic for a fixed number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import reject
+
+Group = Any  # a torch.distributed.ProcessGroup; its stubs vary between torch builds
+
+
+def check_group(group: Group) -> None:
+    """Raise unless ``group`` is ``None`` or a process group of an initialised torch.distributed."""
+    if group is None:
+        return
+    if not dist.is_available() or not dist.is_initialized():
+        reject(
+            "group",
+            "None where torch.distributed is not initialised",
+            type(group).__name__,
+            "call torch.distributed.init_process_group first, or pass group=None",
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        reject("group", "a ProcessGroup or None", type(group).__name__, "pass torch.distributed.group.WORLD", TypeError)
+
+
+def world_size(group: Group) -> int:
+    """Number of ranks in ``group``; 1 for ``None``."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank(group: Group) -> int:
+    """This process's rank in ``group``; 0 for ``None``."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
+    """Sum over ranks, the same bits on each. The input is not written."""
+    if group is None:
+        return tensor
+    result = tensor.detach().clone().contiguous()
+    dist.all_reduce(result, op=dist.ReduceOp.SUM, group=group)
+    return result
+
+
+def all_reduce_max(tensor: Tensor, group: Group) -> Tensor:
+    """Elementwise maximum over ranks. The input is not written."""
+    if group is None:
+        return tensor
+    result = tensor.detach().clone().contiguous()
+    dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
+    return result
+
+
+def all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, list[int]]:
+    """Rows of all ranks in rank order, and how many each rank gave. Shards may differ in size, or be empty.
+
+    Args:
+        tensor: ``[N_rank, ...]`` with trailing sizes and dtype equal on all ranks.
+    """
+    if group is None:
+        return tensor, [tensor.shape[0]]
+    size = torch.tensor([tensor.shape[0]], dtype=torch.int64, device=tensor.device)
+    sizes = [torch.empty_like(size) for _ in range(world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    counts = [int(s) for s in sizes]
+    longest = max(counts)
+    # Collectives want equal shapes: pad to the longest shard, cut after.
+    padded = tensor.detach().new_zeros((longest, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor.detach()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts

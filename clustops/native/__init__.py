@@ -1,0 +1,76 @@
+"""Loads the compiled extension and gives each kernel to torch's dispatcher.
+
+One file here for each op. ``register`` is the whole pattern: the schema, the reference as the
+implementation that works on every device, and, where the extension was built, kernels that take over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("clustops", "DEF")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if os.environ.get("CLUSTOPS_DISABLE_NATIVE", "0") == "1":
+        return None, "switched off by CLUSTOPS_DISABLE_NATIVE=1"
+    try:
+        return importlib.import_module("clustops.native._kernels"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+extension, why_not = _load()
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any] | None = None,
+    cuda: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define ``clustops::<schema>``.
+
+    Args:
+        schema: ``"name(Tensor x, ...) -> Tensor"``.
+        reference: plain PyTorch; serves every device that has no kernel.
+        fake: shapes and dtypes of the result, from fake tensors.
+        cpu, cuda: the kernels; ``None`` where the extension lacks them.
+        setup_context, backward: the autograd formula. An op whose name ends in ``_backward`` gets one that
+            says that there is no second derivative. An op without a formula must not be called on tensors that
+            require a gradient.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"clustops::{name}", fake, lib=LIBRARY)
+    if cpu is not None:
+        LIBRARY.impl(name, cpu, "CPU")
+    if cuda is not None:
+        LIBRARY.impl(name, cuda, "CUDA")
+    if backward is None and name.endswith("_backward"):
+        backward = _no_second_derivative(name)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"clustops::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+
+
+def _no_second_derivative(name: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"clustops::{name} has no derivative of its own (double backward); "
+            f"use clustops.reference for second derivatives"
+        )
+
+    return backward
