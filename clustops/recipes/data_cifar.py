@@ -92,7 +92,7 @@ def _read_pickle(path: Path, classes: int) -> tuple[np.ndarray[Any, Any], np.nda
     with path.open("rb") as file:
         try:
             batch = _NumbersOnly(file, encoding="bytes").load()
-        except pickle.UnpicklingError as error:
+        except _RefusedError as error:
             raise ValueError(
                 f"{path} must be a CIFAR batch, found a pickle that {error}; unpack it again"
             ) from error
@@ -104,9 +104,9 @@ def _read_pickle(path: Path, classes: int) -> tuple[np.ndarray[Any, Any], np.nda
             ) from error
     key = b"labels" if classes == 10 else b"fine_labels"
     if not isinstance(batch, dict) or b"data" not in batch or key not in batch:
-        found = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
+        entries = sorted(map(str, batch)) if isinstance(batch, dict) else type(batch).__name__
         raise ValueError(
-            f"{path} must hold the entries data and {key.decode()}, found {found}; unpack it again"
+            f"{path} must hold the entries data and {key.decode()}, found {entries}; unpack it again"
         )
     pixels, labels = np.asarray(batch[b"data"]), np.asarray(batch[key])
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), _PIXELS) or labels.dtype.kind not in "iu":
@@ -115,6 +115,10 @@ def _read_pickle(path: Path, classes: int) -> tuple[np.ndarray[Any, Any], np.nda
             f"found {pixels.dtype} {list(pixels.shape)}; unpack it again"
         )
     return pixels, labels
+
+
+class _RefusedError(Exception):
+    pass
 
 
 class _NumbersOnly(pickle.Unpickler):
@@ -132,5 +136,5 @@ class _NumbersOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The class, if it is one of the few that a CIFAR batch needs."""
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"asks for {module}.{name}, which no batch holds")
+            raise _RefusedError(f"asks for {module}.{name}, which no batch holds")
         return super().find_class(module, name)
