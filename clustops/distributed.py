@@ -6,6 +6,9 @@ All reductions are deterministic for a fixed number of ranks.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +18,24 @@ from torch import Tensor
 from .checks import reject
 
 Group = Any  # a torch.distributed.ProcessGroup; its stubs vary between torch builds
+
+
+@contextmanager
+def joined_ranks() -> Iterator[Group]:
+    """The group of all ranks that torchrun started, until the context ends; ``None`` without torchrun.
+
+    Gloo carries CPU tensors, NCCL those on GPUs where torch has it; each rank gets the GPU of its local number.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield None
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    dist.init_process_group()
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def check_group(group: Group) -> None:
@@ -79,3 +100,33 @@ def all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, list[int]]:
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_reduce_sum(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        # Every rank's loss depends on this rank's summand.
+        return all_reduce_sum(gradients[0], ctx.group), None
+
+
+def all_reduce_sum_differentiable(tensor: Tensor, group: Group) -> Tensor:
+    """Sum over ranks through which gradients flow: each rank gets those of the losses of all ranks, summed."""
+    if group is None:
+        return tensor
+    result: Tensor = _SumOverRanks.apply(tensor, group)
+    return result
+
+
+def average_gradients(parameters: Iterable[Tensor], group: Group) -> None:
+    """Replace each gradient by its mean over ranks, in one collective; all ranks must have the same ones."""
+    if group is None:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = all_reduce_sum(torch.cat([g.flatten() for g in gradients]), group) / world_size(group)
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
