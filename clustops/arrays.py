@@ -25,11 +25,15 @@ def to_tensor(array: Any, name: str) -> Tensor:
             reject(name, "an array of numbers", f"dtype {array.dtype}", "convert it with astype", TypeError)
         return _share(array)
     if hasattr(array, "__dlpack__"):
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
     if isinstance(array, (list, tuple)):
         return to_tensor(np.asarray(array), name)
     reject(
-        name, "a tensor, a NumPy array or a DLPack array", type(array).__name__, "convert it to one of these", TypeError
+        name,
+        "a tensor, a NumPy array or a DLPack array",
+        type(array).__name__,
+        "convert it to one of these",
+        TypeError,
     )
 
 
