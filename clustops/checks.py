@@ -6,7 +6,7 @@ Each message names the argument, what was expected, what came, and the cure.
 from __future__ import annotations
 
 import os
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def check_positive(value: float, name: str, cure: str) -> None:
 
 def check_count(value: int, name: str, least: int, cure: str) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         reject(name, f"an integer of at least {least}", repr(value), cure, TypeError)
     if value < least:
         reject(name, f"at least {least}", value, cure)

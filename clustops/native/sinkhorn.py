@@ -1,0 +1,136 @@
+"""clustops::sinkhorn_potentials, assign_from_potentials, soft_cross_entropy and what serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import sinkhorn_ops as reference
+from . import register
+
+
+def _fake_potentials(
+    scores: Tensor,
+    prior: Tensor | None,
+    weights: Tensor | None,
+    init: Tensor | None,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    bound: float | None,
+) -> Tensor:
+    columns = scores.shape[-1] + (mass is not None)
+    return scores.new_empty((scores.shape[0], columns), dtype=reference.accumulator(scores.dtype))
+
+
+register(
+    "sinkhorn_potentials(Tensor scores, Tensor? prior, Tensor? weights, Tensor? init, float epsilon, "
+    "int n_iters, float? relax, float? mass, float? tol, float? bound) -> Tensor",
+    reference=reference.sinkhorn_potentials,
+    fake=_fake_potentials,
+)
+
+
+def _fake_column_mass(
+    scores: Tensor, weights: Tensor | None, potentials: Tensor, epsilon: float, normalized: bool
+) -> Tensor:
+    return torch.empty_like(potentials, memory_format=torch.contiguous_format)
+
+
+register(
+    "sinkhorn_column_mass(Tensor scores, Tensor? weights, Tensor potentials, float epsilon, bool normalized) "
+    "-> Tensor",
+    reference=reference.column_log_mass,
+    fake=_fake_column_mass,
+)
+
+
+def _fake_assign(
+    scores: Tensor, potentials: Tensor, epsilon: float, hard: bool, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+register(
+    "assign_from_potentials(Tensor scores, Tensor potentials, float epsilon, bool hard, ScalarType dtype) "
+    "-> Tensor",
+    reference=reference.assign_from_potentials,
+    fake=_fake_assign,
+)
+
+
+def _fake_cross_entropy(
+    scores: Tensor,
+    target_scores: Tensor,
+    bias: Tensor,
+    views: Sequence[int],
+    targets: Sequence[int],
+    temperature: float,
+    target_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.accumulator(scores.dtype)
+    pairs = len(views) or scores.shape[0]
+    rows = scores.shape[1]
+    return (
+        scores.new_empty((pairs, rows), dtype=dtype),
+        scores.new_empty((scores.shape[0], rows), dtype=dtype),
+        scores.new_empty((target_scores.shape[0], rows), dtype=dtype),
+    )
+
+
+def _save_cross_entropy(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, target_scores, bias, *ctx.settings = inputs
+    _, score_normalizers, target_normalizers = output
+    ctx.mark_non_differentiable(score_normalizers, target_normalizers)
+    ctx.save_for_backward(scores, target_scores, bias, score_normalizers, target_normalizers)
+
+
+def _cross_entropy_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    result = torch.ops.clustops.soft_cross_entropy_backward(gradient, *ctx.saved_tensors, *ctx.settings)
+    return (result, *[None] * 6)
+
+
+register(
+    "soft_cross_entropy(Tensor scores, Tensor target_scores, Tensor bias, int[] views, int[] targets, "
+    "float temperature, float target_temperature) "
+    "-> (Tensor losses, Tensor score_normalizers, Tensor target_normalizers)",
+    reference=reference.soft_cross_entropy,
+    fake=_fake_cross_entropy,
+    setup_context=_save_cross_entropy,
+    backward=_cross_entropy_backward,
+)
+register(
+    "soft_cross_entropy_backward(Tensor gradient, Tensor scores, Tensor target_scores, Tensor bias, "
+    "Tensor score_normalizers, Tensor target_normalizers, int[] views, int[] targets, float temperature, "
+    "float target_temperature) -> Tensor",
+    reference=reference.soft_cross_entropy_backward,
+    fake=lambda gradient, scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
+)
+
+
+def _save_matrix(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+    m, ctx.n_iters = inputs
+    ctx.save_for_backward(m)
+
+
+def _matrix_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.clustops.sinkhorn_matrix_backward(gradient, *ctx.saved_tensors, ctx.n_iters), None
+
+
+register(
+    "sinkhorn_matrix(Tensor m, int n_iters) -> Tensor",
+    reference=reference.sinkhorn_matrix,
+    fake=lambda m, n_iters: torch.empty_like(m, memory_format=torch.contiguous_format),
+    setup_context=_save_matrix,
+    backward=_matrix_backward,
+)
+register(
+    "sinkhorn_matrix_backward(Tensor gradient, Tensor m, int n_iters) -> Tensor",
+    reference=reference.sinkhorn_matrix_backward,
+    fake=lambda gradient, m, n_iters: torch.empty_like(m, memory_format=torch.contiguous_format),
+)

@@ -1,0 +1,329 @@
+"""Sinkhorn assignment: a balanced soft assignment of rows to prototypes, as one potential per prototype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arrays import like, to_tensor
+from .checks import check_choice, check_count, check_finite, check_floating, check_positive, reject, shape_of
+from .distributed import Group, check_group
+from .reference import sinkhorn_ops as reference
+from .sinkhorn_solve import (
+    as_problems,
+    check_potentials,
+    check_scores,
+    check_settings,
+    prior_row,
+    prototype_row,
+    row_weights,
+    solve,
+)
+
+_MATRIX_LIMIT = 32
+
+
+def sinkhorn(
+    scores: Any,
+    *,
+    epsilon: float = 0.05,
+    n_iters: int = 3,
+    prior: Any = None,
+    weights: Any = None,
+    relax: float | None = None,
+    mass: float | None = None,
+    tol: float | None = None,
+    init: Any = None,
+    hard: bool = False,
+    gradient: str | None = None,
+    dtype: torch.dtype | None = None,
+    group: Group = None,
+    return_potentials: bool = False,
+) -> Any:
+    """Soft assignments ``Q`` of rows to prototypes whose average over rows is close to ``prior``.
+
+    ``Q = softmax_k(s / epsilon + a)`` with the potentials ``a`` of :func:`sinkhorn_potentials`. Rows sum to
+    1, or to the assigned share of the row with ``mass``. Equals the published loop that divides
+    ``exp(s / epsilon)`` by column sums, then by row sums, ``n_iters`` times; no finite score makes it
+    overflow.
+
+    Args:
+        scores: ``[..., B, K]``; leading dimensions are independent problems. fp32, bf16, fp16 or fp64, a
+            tensor or another kind of array.
+        epsilon, n_iters, prior, weights, relax, mass, tol, init, group: see :func:`sinkhorn_potentials`.
+        hard: one-hot rows: 1 at the largest entry, ties to the lowest index. A row whose largest entry is the
+            virtual column of ``mass`` is all 0.
+        gradient: ``None``: the result carries no gradient. ``"last_step"``: that of the final softmax, with
+            ``a`` constant. ``"unrolled"``: through all updates; keeps O(n_iters B K) numbers for the backward
+            pass and, with ``group``, each rank gets the gradient of the sum of all ranks' losses.
+        dtype: of the assignments: ``None`` for fp32 (fp64 for fp64 scores), or the dtype of ``scores``.
+        return_potentials: also return ``a``.
+
+    Returns:
+        ``[..., B, K]``, contiguous, or (assignments, potentials) with potentials ``[..., K]``
+        (``[..., K + 1]`` with ``mass``). Rows of weight 0 get an assignment too, they only have no say in
+        ``a``. The kind of array that ``scores`` is.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
+            device.
+
+    Cost: ``n_iters + 1`` reads of the scores, one write. Sums in fp32 (fp64 for fp64 scores).
+
+    >>> scores = torch.tensor([[0.9, 0.8], [0.9, 0.1], [0.9, 0.3], [0.9, 0.5]])
+    >>> sinkhorn(scores, n_iters=100, hard=True)
+    tensor([[0., 1.],
+            [1., 0.],
+            [1., 0.],
+            [0., 1.]])
+
+    Source: Cuturi, "Sinkhorn distances", NeurIPS 2013; Caron et al., "Unsupervised learning of visual
+    features by contrasting cluster assignments", NeurIPS 2020.
+    """
+    restore = like(scores)
+    scores = to_tensor(scores, "scores")
+    check_floating(scores, "scores")
+    if gradient is not None:
+        check_choice(gradient, "gradient", ("last_step", "unrolled"))
+        if hard:
+            reject("hard", "False with a gradient", hard, "a one-hot assignment has none: pass gradient=None")
+    problems, potentials = _solve_checked(
+        scores,
+        prior,
+        weights,
+        init,
+        group,
+        epsilon=epsilon,
+        n_iters=n_iters,
+        relax=relax,
+        mass=mass,
+        tol=tol,
+        differentiable=gradient == "unrolled",
+    )
+    assign = (
+        torch.ops.clustops.assign_from_potentials if gradient is None else reference.assign_from_potentials
+    )
+    if gradient is not None:
+        problems = as_problems(scores)
+    assignments = assign(problems, potentials, epsilon, hard, _output_dtype(dtype, scores)).view(scores.shape)
+    if not return_potentials:
+        return restore(assignments)
+    return restore(assignments), restore(potentials.view(*scores.shape[:-2], -1))
+
+
+def sinkhorn_potentials(
+    scores: Any,
+    *,
+    epsilon: float = 0.05,
+    n_iters: int = 3,
+    prior: Any = None,
+    weights: Any = None,
+    relax: float | None = None,
+    mass: float | None = None,
+    tol: float | None = None,
+    init: Any = None,
+    bound: float | None = None,
+    group: Group = None,
+) -> Any:
+    """The potential of each prototype; the Sinkhorn assignment is ``softmax_k(s / epsilon + a)``.
+
+    Prototypes first, rows last, with ``r`` the prior and ``w`` the row weights::
+
+        a  = log r - log sum_b w_b exp(s / epsilon)                                once
+        a += log r - log (sum_b w_b softmax_k(s / epsilon + a) / sum_b w_b)        n_iters - 1 times
+
+    so a constant added to all scores, or to those of one prototype, changes no assignment; one added to a row
+    does, until the updates have converged.
+
+    Args:
+        scores: ``[..., B, K]``; leading dimensions are independent problems. fp32, bf16, fp16 or fp64, a
+            tensor or another kind of array. Carries no gradient here.
+        epsilon: temperature of the plan, above 0.
+        n_iters: number of updates; 0 gives ``init``, or zeros, with which the assignment is a softmax.
+        prior: ``[K]`` or ``[..., K]``, at least 0, scaled to sum 1: the share of rows for each prototype.
+            ``None`` is uniform. A prototype with prior 0 gets potential -inf and no assignment.
+        weights: ``[B]`` or ``[..., B]``, at least 0: 0 masks a row (which may hold anything), 2 counts it
+            twice.
+        relax: ``None`` keeps to the prior. ``gamma >= 0`` charges ``gamma KL(column masses || prior)``
+            instead, the update is ``a = fi (a + log r - log m)`` with ``fi = gamma / (gamma + epsilon)``; 0
+            is a softmax, infinity is ``None``.
+        mass: ``rho`` in (0, 1] assigns that share of the row mass to the prototypes and the rest to a virtual
+            prototype of score 0, whose potential is appended as entry K.
+        tol: a problem stops changing when its column error ``sum_k |m_k - r_k|`` (with ``relax``: the mass
+            that the update would move) is at most ``tol``; decided on the device. The first update of a cold
+            start is always done.
+        init: ``[K]`` or ``[..., K]`` (one more with ``mass``): potentials to start from, all updates are then
+            of the second kind. ``n_iters=5`` is ``n_iters=3``, then 2 from its result. Zeros give rows-first
+            Sinkhorn.
+        bound: a promise that ``|s| <= bound`` (1 for unit vectors): saves the search for column maxima,
+            changes nothing else.
+        group: a process group whose ranks each hold some of the rows, of any number, none included. Needs one
+            sum of ``[..., K]`` floats over ranks for each update (plus a maximum: in the first one without
+            ``bound``, in all with ``relax``). ``None``: this process has all rows.
+
+    Returns:
+        ``[..., K]``, ``[..., K + 1]`` with ``mass``, fp32 (fp64 for fp64 scores), without gradient, the kind
+        of array that ``scores`` is, equal on all ranks.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
+            device.
+
+    Cost: ``n_iters`` reads of the scores; no assignment is stored.
+
+    >>> scores = torch.tensor([[0.9, 0.8], [0.9, 0.1], [0.9, 0.3], [0.9, 0.5]])
+    >>> a = sinkhorn_potentials(scores, n_iters=100)
+    >>> assign_from_potentials(scores, a, epsilon=0.05).mean(0)
+    tensor([0.5000, 0.5000])
+
+    Source: Cuturi, NeurIPS 2013; Caron et al., NeurIPS 2020; relax and mass: Chizat et al., "Scaling
+    algorithms for unbalanced optimal transport problems", 2018; Zhang et al., "P2OT", ICLR 2024.
+    """
+    restore = like(scores)
+    scores = to_tensor(scores, "scores")
+    check_floating(scores, "scores")
+    _, potentials = _solve_checked(
+        scores,
+        prior,
+        weights,
+        init,
+        group,
+        epsilon=epsilon,
+        n_iters=n_iters,
+        relax=relax,
+        mass=mass,
+        tol=tol,
+        bound=bound,
+    )
+    return restore(potentials.view(*scores.shape[:-2], -1))
+
+
+def assign_from_potentials(
+    scores: Any,
+    potentials: Any,
+    *,
+    epsilon: float = 0.05,
+    hard: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """Assignments ``softmax_k(s / epsilon + a)`` of any rows, seen before or not, under given potentials.
+
+    Args:
+        scores: ``[..., B, K]``, a tensor or another kind of array; B may differ from that of the potentials'
+            batch.
+        potentials: ``[K]`` or ``[..., K]``; with a further entry, the virtual column of ``mass``, rows sum to
+            less than 1.
+        epsilon: the one that the potentials were made with.
+        hard, dtype: see :func:`sinkhorn`.
+
+    Returns:
+        ``[..., B, K]``, contiguous, without gradient, the kind of array that ``scores`` is.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
+            device.
+
+    Cost: one read of the scores, one write.
+
+    >>> assign_from_potentials(torch.tensor([[0.5, 0.5]]), torch.tensor([0.0, -9.0]), epsilon=0.05)
+    tensor([[9.9988e-01, 1.2339e-04]])
+    """
+    restore = like(scores)
+    scores = to_tensor(scores, "scores")
+    check_scores(scores, "scores", None)
+    check_positive(epsilon, "epsilon", "pass the epsilon of the potentials")
+    potentials = prototype_row(to_tensor(potentials, "potentials"), "potentials", scores, virtual=None)
+    check_potentials(potentials, "potentials")
+    problems = as_problems(scores.detach())
+    result = torch.ops.clustops.assign_from_potentials(
+        problems, potentials, epsilon, hard, _output_dtype(dtype, scores)
+    )
+    return restore(result.view(scores.shape))
+
+
+def sinkhorn_matrix(m: Tensor, *, n_iters: int = 20) -> Tensor:
+    """Tiny square matrices ``exp(m)`` made doubly stochastic by dividing columns, then rows, by their sums.
+
+    Rows sum to 1 exactly, columns as closely as ``n_iters`` allows. ``n_iters=0`` is a softmax of the rows.
+
+    Args:
+        m: ``[..., n, n]`` with ``1 <= n <= 32``, fp32, bf16, fp16 or fp64.
+        n_iters: number of divisions of columns and rows, at least 0.
+
+    Returns:
+        ``[..., n, n]`` in the dtype of ``m``, differentiable once.
+
+    Raises:
+        ValueError, TypeError: ``m`` is not a finite floating point ``[..., n, n]`` or ``n`` is above 32.
+
+    Cost: O(n_iters n^2) for each matrix, forward and backward; only ``m`` is kept for the backward pass. Sums
+    in fp32 (fp64 for fp64 input).
+
+    >>> sinkhorn_matrix(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
+    tensor([[0.8808, 0.1192],
+            [0.1192, 0.8808]])
+
+    Source: Sinkhorn and Knopp, "Concerning nonnegative matrices and doubly stochastic matrices", 1967.
+    """
+    check_floating(m, "m")
+    if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
+        reject("m", "[..., n, n] with n of at least 1", shape_of(m), "pass square matrices")
+    if m.shape[-1] > _MATRIX_LIMIT:
+        cure = 'use sinkhorn(m, epsilon=1.0, gradient="unrolled")'
+        reject("m", f"[..., n, n] with n of at most {_MATRIX_LIMIT}", shape_of(m), cure)
+    check_count(n_iters, "n_iters", 0, "20 is usual; 0 is a softmax")
+    check_finite(m, "m")
+    result: Tensor = torch.ops.clustops.sinkhorn_matrix(as_problems(m), n_iters).view(m.shape)
+    return result
+
+
+def _solve_checked(
+    scores: Tensor,
+    prior: Any,
+    weights: Any,
+    init: Any,
+    group: Group,
+    *,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    bound: float | None = None,
+    differentiable: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The problems ``[P, B, K]`` and their potentials, after all checks."""
+    check_group(group)
+    check_settings(epsilon, n_iters, relax, mass, tol, bound)
+    weights = None if weights is None else row_weights(to_tensor(weights, "weights"), scores, group)
+    check_scores(scores, "scores", group, weights)
+    prior = None if prior is None else prior_row(to_tensor(prior, "prior"), scores)
+    if init is not None:
+        init = prototype_row(to_tensor(init, "init"), "init", scores, virtual=mass is not None)
+        check_potentials(init, "init")
+    problems = as_problems(scores if differentiable else scores.detach())
+    potentials = solve(
+        problems,
+        prior,
+        None if weights is None else weights.reshape(problems.shape[:-1]),
+        init,
+        group,
+        epsilon=epsilon,
+        n_iters=n_iters,
+        relax=relax,
+        mass=mass,
+        tol=tol,
+        bound=bound,
+        differentiable=differentiable,
+    )
+    return problems, potentials
+
+
+def _output_dtype(dtype: torch.dtype | None, scores: Tensor) -> torch.dtype:
+    wide = reference.accumulator(scores.dtype)
+    if dtype is not None and dtype not in (wide, scores.dtype):
+        expected = f"None, {wide} or {scores.dtype}, the dtype of scores"
+        reject("dtype", expected, dtype, "convert the result instead")
+    return dtype or wide

@@ -1,0 +1,306 @@
+"""Cross-entropy against targets that are softmaxes themselves: SwAV, Suave, DINO, Daino."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    check_choice,
+    check_count,
+    check_floating,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    reject,
+    shape_of,
+)
+from .distributed import Group, all_reduce_sum, check_group, world_size
+from .sinkhorn_solve import (
+    as_problems,
+    check_potentials,
+    check_scores,
+    check_settings,
+    prototype_row,
+    row_weights,
+    solve,
+)
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def swapped_prediction_loss(
+    scores: Tensor,
+    *,
+    temperature: float = 0.1,
+    epsilon: float = 0.05,
+    n_iters: int = 3,
+    assign_views: Sequence[int] = (0, 1),
+    queue_scores: Tensor | None = None,
+    potentials: Tensor | None = None,
+    weights: Tensor | None = None,
+    group: Group = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of predicting the Sinkhorn assignment of a view from the other views of the same samples.
+
+    With ``q_i = softmax_k(s_i / epsilon + a_i)`` for each view i of ``assign_views``::
+
+        loss_b = mean over i, mean over views v != i of  -sum_k q_ibk log softmax_k(s_vb / temperature)
+
+    Gradient ``(p - q) / temperature`` through the predictions, none through ``q``.
+
+    Args:
+        scores: ``[V, B, K]``, V >= 2 views of B samples against K prototypes; fp32, bf16, fp16 or fp64.
+        temperature: of the predictions, above 0.
+        epsilon, n_iters: of the assignments, see :func:`sinkhorn_potentials`; each view is its own problem.
+        assign_views: the A views that give assignments, without repetition; usually the global crops.
+        queue_scores: ``[A, N, K]``, or ``[N, K]`` for all of them: scores of further rows that take part in
+            the assignment, not in the loss. N may be 0. With ``group``, this rank's share of the queue.
+        potentials: ``[A, K]`` or ``[K]``: ``a_i``, in place of Sinkhorn.
+        weights: ``[B]``, at least 0, in assignment and loss: 0 masks a sample (which may hold anything).
+        group: a process group whose ranks hold different samples, of any number. The mean of the result over
+            ranks, as DistributedDataParallel averages gradients, is then the loss of the joint batch.
+        reduction: ``"mean"`` over samples, weighted; ``"sum"``; or ``"none"`` for ``weights * loss_b [B]``.
+
+    Returns:
+        A number, or ``[B]``, fp32 (fp64 for fp64 scores). 0 if no sample counts.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
+            device.
+
+    Cost: ``n_iters`` reads of the assigned views and one of all views, then one in the backward pass. The
+    backward pass keeps the scores and O(V B) numbers. A queue, and ``assign_views`` that do not follow each
+    other, copy the assigned views.
+
+    >>> swapped_prediction_loss(torch.eye(4).expand(2, 4, 4))
+    tensor(0.0001)
+
+    Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments",
+    NeurIPS 2020.
+    """
+    check_group(group)
+    check_positive(temperature, "temperature", "0.1 is usual")
+    check_settings(epsilon, n_iters, None, None, None, None)
+    check_choice(reduction, "reduction", _REDUCTIONS)
+    check_floating(scores, "scores")
+    if scores.ndim != 3 or scores.shape[0] < 2:
+        reject(
+            "scores",
+            "[V, B, K] with at least 2 views",
+            shape_of(scores),
+            "stack the views: torch.stack(views)",
+        )
+    if weights is not None and isinstance(weights, Tensor) and weights.ndim != 1:
+        reject(
+            "weights",
+            f"[B] = [{scores.shape[1]}]",
+            shape_of(weights),
+            "pass one weight for all views of a sample",
+        )
+    rows = row_weights(weights, scores, group)
+    check_scores(scores, "scores", group, rows)
+    _check_views(assign_views, scores.shape[0])
+    assigned = _take(scores.detach(), assign_views)
+    if potentials is not None:
+        if queue_scores is not None:
+            reject(
+                "queue_scores",
+                "None where potentials are given",
+                "both",
+                "the queue only serves to find potentials",
+            )
+        bias = prototype_row(potentials, "potentials", assigned).expand(assigned.shape[0], -1)
+        check_potentials(bias, "potentials")
+    else:
+        seen, seen_weights = _with_queue(assigned, queue_scores, None if rows is None else rows[0], group)
+        bias = solve(seen, None, seen_weights, None, group, epsilon=epsilon, n_iters=n_iters)
+    pairs = [(v, a) for a, i in enumerate(assign_views) for v in range(scores.shape[0]) if v != i]
+    views, targets = zip(*pairs, strict=True)
+    losses, _, _ = torch.ops.clustops.soft_cross_entropy(
+        scores, assigned, bias, views, targets, temperature, epsilon
+    )
+    return _reduce(losses.mean(0), None if rows is None else rows[0], group, reduction)
+
+
+def soft_cross_entropy(
+    scores: Tensor,
+    target_scores: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperature: float,
+    target_temperature: float,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of the softmax of ``scores`` against the biased softmax of ``target_scores``.
+
+    ``loss_b = -sum_k softmax_k(t_b / target_temperature + bias) log softmax_k(s_b / temperature)``, with
+    gradient ``(p - q) / temperature`` to ``scores`` and to nothing else. Centering as in DINO is
+    ``bias = -center / target_temperature``; Sinkhorn targets are ``bias = sinkhorn_potentials(...)`` with
+    ``target_temperature = epsilon``.
+
+    Args:
+        scores: ``[..., B, K]``, or ``[V, B, K]`` with ``pairs``; fp32, bf16, fp16 or fp64.
+        target_scores: the shape of ``scores``, or ``[A, B, K]`` with ``pairs``; any floating dtype.
+        bias: ``[K]`` or ``[..., K]`` with the leading dimensions of ``target_scores``; ``None`` is 0. -inf
+            takes a prototype out of the targets.
+        temperature, target_temperature: above 0.
+        pairs: (view, target) indices: ``scores[view]`` is compared with ``target_scores[target]``. DINO
+            compares each student view with each other teacher view:
+            ``[(v, t) for t in range(2) for v in range(V) if v != t]``. ``None`` compares row by row.
+        weights: ``[B]``, at least 0: 0 masks a row (which may hold anything), without ``pairs`` also
+            ``[..., B]``.
+        reduction: ``"mean"`` over all rows and pairs, weighted; ``"sum"``; or ``"none"`` for
+            ``weights * loss_b``, ``[..., B]``, with ``pairs`` ``[len(pairs), B]``.
+
+    Returns:
+        A number or the losses of the rows, fp32 (fp64 for fp64 scores). 0 if no row counts.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
+            device.
+
+    Cost: one read of both score tensors, forward and backward, which the backward pass keeps; no targets are
+    stored.
+
+    >>> scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    >>> soft_cross_entropy(scores, scores, temperature=0.1, target_temperature=0.04)
+    tensor(4.5418e-05)
+
+    Source: Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021.
+    """
+    check_positive(temperature, "temperature", "0.1 is usual")
+    check_positive(target_temperature, "target_temperature", "0.04 to 0.07 is usual")
+    check_choice(reduction, "reduction", _REDUCTIONS)
+    check_floating(scores, "scores")
+    check_floating(target_scores, "target_scores")
+    check_same_device(target_scores, "target_scores", scores, "scores")
+    if pairs is None:
+        if target_scores.shape != scores.shape:
+            reject(
+                "target_scores", f"{shape_of(scores)} like scores", shape_of(target_scores), "or pass pairs"
+            )
+        views: Sequence[int] = ()
+        targets: Sequence[int] = ()
+    else:
+        views, targets = _check_pairs(pairs, scores, target_scores)
+    if pairs is not None and weights is not None and isinstance(weights, Tensor) and weights.ndim != 1:
+        reject(
+            "weights",
+            f"[B] = [{scores.shape[1]}]",
+            shape_of(weights),
+            "pass one weight for all views of a sample",
+        )
+    rows = row_weights(weights, scores, None)
+    check_scores(scores, "scores", None, rows)
+    target_rows = rows if pairs is None or rows is None else rows[0].expand(target_scores.shape[:-1])
+    check_scores(target_scores, "target_scores", None, target_rows)
+    if bias is None:
+        bias = target_scores.new_zeros(target_scores.shape[-1])
+    bias = prototype_row(bias, "bias", target_scores)
+    check_potentials(bias, "bias")
+    problems, target_problems = as_problems(scores), as_problems(target_scores.detach())
+    losses, _, _ = torch.ops.clustops.soft_cross_entropy(
+        problems,
+        target_problems,
+        bias.expand(target_problems.shape[0], -1),
+        views,
+        targets,
+        temperature,
+        target_temperature,
+    )
+    if pairs is None:
+        return _reduce(losses.view(scores.shape[:-1]), rows, None, reduction)
+    return _reduce(losses, None if rows is None else rows[0].expand(losses.shape), None, reduction)
+
+
+def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str) -> Tensor:
+    """Reduce ``losses [..., B]``; rows of weight 0 leave no trace, NaN included."""
+    if weights is not None:
+        losses = torch.where(weights > 0, weights * losses, 0)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    count = total.new_tensor(losses.numel()) if weights is None else weights.sum()
+    count = all_reduce_sum(count, group) / world_size(group)
+    return total / count.clamp_min(torch.finfo(count.dtype).tiny)
+
+
+def _check_views(assign_views: Sequence[int], n_views: int) -> None:
+    if len(assign_views) == 0 or len(set(assign_views)) != len(assign_views):
+        reject(
+            "assign_views",
+            "one or more different views",
+            tuple(assign_views),
+            "pass the global crops: (0, 1)",
+        )
+    for view in assign_views:
+        check_count(view, "assign_views", 0, "count views from 0")
+        if view >= n_views:
+            reject("assign_views", f"below V = {n_views}", view, "count views from 0")
+
+
+def _check_pairs(
+    pairs: Sequence[tuple[int, int]], scores: Tensor, target_scores: Tensor
+) -> tuple[Sequence[int], Sequence[int]]:
+    for name, tensor in (("scores", scores), ("target_scores", target_scores)):
+        if tensor.ndim != 3 or tensor.shape[1:] != scores.shape[1:]:
+            rows = f"B and K of scores, {shape_of(scores)}" if name == "target_scores" else "pairs"
+            reject(
+                name, f"[views, B, K] with {rows}", shape_of(tensor), "stack the views: torch.stack(views)"
+            )
+    if len(pairs) == 0:
+        reject("pairs", "one or more (view, target)", "none", "pass None to compare row by row")
+    views, targets = (list(side) for side in zip(*pairs, strict=True))
+    for side, tensor in ((views, scores), (targets, target_scores)):
+        for index in side:
+            check_count(index, "pairs", 0, "count views and targets from 0")
+            if index >= tensor.shape[0]:
+                reject("pairs", f"indices below {tensor.shape[0]}", index, "count views and targets from 0")
+    return views, targets
+
+
+def _take(scores: Tensor, views: Sequence[int]) -> Tensor:
+    """``scores[views]``, without a copy where they follow each other."""
+    first, n = views[0], len(views)
+    if list(views) == list(range(first, first + n)):
+        return scores[first : first + n]
+    return torch.stack([scores[v] for v in views])
+
+
+def _with_queue(
+    assigned: Tensor, queue_scores: Tensor | None, weights: Tensor | None, group: Group
+) -> tuple[Tensor, Tensor | None]:
+    """The rows ``[A, B + N, K]`` that take part in the assignment, and their weights ``[A, B + N]``."""
+    a, rows, k = assigned.shape
+    weights = None if weights is None else weights.expand(a, rows)
+    if queue_scores is None:
+        return assigned, weights
+    check_tensor(queue_scores, "queue_scores")
+    check_floating(queue_scores, "queue_scores")
+    check_same_device(queue_scores, "queue_scores", assigned, "scores")
+    if (
+        queue_scores.ndim not in (2, 3)
+        or queue_scores.shape[-1] != k
+        or queue_scores.shape[:-2] not in ((), (a,))
+    ):
+        reject(
+            "queue_scores",
+            f"[N, {k}] or [{a}, N, {k}], one queue for each assigned view",
+            shape_of(queue_scores),
+            "score the queue with the same prototypes",
+        )
+    if queue_scores.shape[-2] == 0:
+        return assigned, weights
+    check_scores(queue_scores, "queue_scores", group)
+    queue = queue_scores.detach().to(assigned.dtype).expand(a, -1, -1)
+    if weights is not None:
+        weights = torch.cat([weights, weights.new_ones(a, queue.shape[1])], dim=1)
+    return torch.cat([assigned, queue], dim=1), weights

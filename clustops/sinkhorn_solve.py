@@ -1,0 +1,230 @@
+"""Checks that all Sinkhorn functions share, and the way from checked arguments to potentials."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    ClustopsWarning,
+    check_count,
+    check_finite,
+    check_floating,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    reject,
+    shape_of,
+    values_are_checked,
+)
+from .distributed import Group, all_reduce_max, all_reduce_sum, all_reduce_sum_differentiable, world_size
+from .native import sinkhorn as _registration  # noqa: F401
+from .reference import sinkhorn_ops as reference
+
+# exp(-80) is still a normal fp32 number, so a fixed shift loses no column.
+_WIDEST_FIXED_SHIFT = 80.0
+
+_warned = False
+
+
+def check_scores(scores: Tensor, name: str, group: Group, weights: Tensor | None = None) -> None:
+    """Raise unless ``scores`` is a finite ``[..., B, K]``; a shard may be empty, a row of weight 0 NaN."""
+    check_floating(scores, name)
+    if scores.ndim < 2:
+        reject(
+            name,
+            "[..., B, K]",
+            shape_of(scores),
+            "give it a row for each sample and a column for each prototype",
+        )
+    if scores.numel() == 0 and not (group is not None and scores.shape[-2] == 0):
+        reject(
+            name,
+            "[..., B, K] with at least one row and one prototype",
+            shape_of(scores),
+            "skip empty batches",
+        )
+    if weights is not None and values_are_checked(scores):
+        scores = scores.detach().masked_fill((weights == 0).unsqueeze(-1), 0)
+    check_finite(scores, name)
+
+
+def check_settings(
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    bound: float | None,
+) -> None:
+    """Raise unless the scalar arguments are in range."""
+    check_positive(epsilon, "epsilon", "0.05 is usual for cosine scores")
+    check_count(n_iters, "n_iters", 0, "3 is usual; 0 is a softmax")
+    if relax is not None and relax not in (0, math.inf):
+        check_positive(relax, "relax", "pass None for a balanced assignment, 0 for a softmax")
+    if mass is not None:
+        check_positive(mass, "mass", "pass the share of rows to assign, in (0, 1]")
+        if mass > 1:
+            reject("mass", "at most 1", mass, "pass the share of rows to assign, in (0, 1]")
+    if tol is not None:
+        check_positive(tol, "tol", "pass None to do all n_iters updates")
+    if bound is not None:
+        check_positive(bound, "bound", "pass the largest |score|, 1 for unit vectors, or None")
+
+
+def as_problems(scores: Tensor) -> Tensor:
+    """``[..., B, K]`` as ``[P, B, K]``."""
+    return scores.unsqueeze(0) if scores.ndim == 2 else scores.flatten(end_dim=-3)
+
+
+def row_weights(weights: Tensor | None, scores: Tensor, group: Group) -> Tensor | None:
+    """``weights`` as a tensor of the shape ``[..., B]`` of the scores' rows, in the accumulation dtype."""
+    if weights is None:
+        return None
+    check_tensor(weights, "weights")
+    if weights.is_complex():
+        reject("weights", "real", weights.dtype, "pass one number of at least 0 for each row", TypeError)
+    check_same_device(weights, "weights", scores, "scores")
+    rows = scores.shape[:-1]
+    if weights.shape != rows and weights.shape != rows[-1:]:
+        reject(
+            "weights",
+            f"[B] = [{rows[-1]}] or [..., B] = {list(rows)}, one for each row of scores",
+            shape_of(weights),
+            "pass one weight for each sample",
+        )
+    weights = weights.detach().to(reference.accumulator(scores.dtype))
+    check_finite(weights, "weights")
+    if values_are_checked(weights):
+        if bool((weights < 0).any()):
+            reject("weights", "at least 0", float(weights.min()), "0 masks a row, 2 counts it twice")
+        if group is None and not bool((weights > 0).any()):
+            reject("weights", "above 0 for at least one row", "all 0", "skip batches without a counted row")
+    return weights.expand(rows)
+
+
+def prototype_row(row: Tensor, name: str, scores: Tensor, *, virtual: bool | None = False) -> Tensor:
+    """``row``, given as ``[K]`` or ``[..., K]``, as ``[P, K]`` in the accumulation dtype.
+
+    Args:
+        virtual: whether it has a last entry for the virtual column; ``None`` where both are welcome.
+    """
+    check_floating(row, name)
+    check_same_device(row, name, scores, "scores")
+    leading, k = scores.shape[:-2], scores.shape[-1]
+    lengths = [k, k + 1] if virtual is None else [k + virtual]
+    if row.ndim == 0 or row.shape[-1] not in lengths or row.shape[:-1] not in (leading, leading[:0]):
+        expected = " or ".join(f"[{n}] or {[*leading, n]}" if leading else f"[{n}]" for n in lengths)
+        why = "prototypes and the virtual column of mass" if virtual else "prototypes"
+        reject(name, f"{expected} for K = {k} {why}", shape_of(row), "pass one entry for each column")
+    row = row.detach().to(reference.accumulator(scores.dtype)).expand(*leading, row.shape[-1])
+    return row.unsqueeze(0) if row.ndim == 1 else row.flatten(end_dim=-2)
+
+
+def check_potentials(potentials: Tensor, name: str) -> None:
+    """Raise if a potential is NaN or plus infinity; minus infinity is a prototype that is never used."""
+    if values_are_checked(potentials):
+        check_finite(potentials.masked_fill(potentials == -math.inf, 0), name)
+
+
+def prior_row(prior: Tensor | None, scores: Tensor) -> Tensor | None:
+    """``prior`` as ``[P, K]``, checked to be a marginal up to its scale."""
+    if prior is None:
+        return None
+    prior = prototype_row(prior, "prior", scores)
+    check_finite(prior, "prior")
+    if values_are_checked(prior):
+        if bool((prior < 0).any()):
+            reject("prior", "at least 0", float(prior.min()), "pass class frequencies or shares")
+        if bool((prior.sum(-1) == 0).any()):
+            reject("prior", "above 0 for at least one prototype", "all 0", "pass None for a uniform prior")
+    return prior
+
+
+def warn_if_starved(n_prototypes: int, rows: int, group: Group) -> None:
+    """Warn, once a process, when there are more prototypes than rows to spread over them."""
+    global _warned
+    if _warned or torch.compiler.is_compiling() or rows == 0:
+        return
+    batch = rows * world_size(group)
+    if n_prototypes > batch:
+        _warned = True
+        warnings.warn(
+            f"{n_prototypes} prototypes share an effective batch of {batch} rows: their equal use makes the "
+            f"targets nearly uniform and the loss stays near ln({n_prototypes}) = "
+            f"{math.log(n_prototypes):.2f}; use a queue, a larger batch or fewer prototypes (a larger "
+            f"epsilon is no cure). This is said once.",
+            ClustopsWarning,
+            stacklevel=4,
+        )
+
+
+def solve(
+    problems: Tensor,
+    prior: Tensor | None,
+    weights: Tensor | None,
+    init: Tensor | None,
+    group: Group,
+    *,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None = None,
+    mass: float | None = None,
+    tol: float | None = None,
+    bound: float | None = None,
+    differentiable: bool = False,
+) -> Tensor:
+    """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``, of checked scores ``[P, B, K]``."""
+    if n_iters > 0 and relax is None:
+        warn_if_starved(problems.shape[-1], problems.shape[-2], group)
+    if group is not None:
+        return _solve_over_ranks(
+            problems, prior, weights, init, group, epsilon, n_iters, relax, mass, tol, bound, differentiable
+        )
+    function = reference.sinkhorn_potentials if differentiable else torch.ops.clustops.sinkhorn_potentials
+    result: Tensor = function(problems, prior, weights, init, epsilon, n_iters, relax, mass, tol, bound)
+    return result
+
+
+def _solve_over_ranks(
+    problems: Tensor,
+    prior: Tensor | None,
+    weights: Tensor | None,
+    init: Tensor | None,
+    group: Group,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    bound: float | None,
+    differentiable: bool,
+) -> Tensor:
+    """The same updates with the column masses of all ranks: one sum of the masses of all problems for each.
+
+    A column maximum goes before the sum only where the masses have no known scale: in the first update
+    (unless ``bound`` gives it), and with ``relax``.
+    """
+    local = reference.column_log_mass if differentiable else torch.ops.clustops.sinkhorn_column_mass
+    reduce = all_reduce_sum_differentiable if differentiable else all_reduce_sum
+    balanced = relax is None or relax == math.inf
+    log_prior = reference.log_prior(problems, prior, mass)
+
+    def column_mass(potentials: Tensor, t: int) -> Tensor:
+        normalized = init is not None or t > 0
+        log_mass = local(problems, weights, potentials, epsilon, normalized)
+        if t > 0 and balanced:
+            shift = log_prior
+        elif not normalized and bound is not None and 2 * bound / epsilon <= _WIDEST_FIXED_SHIFT:
+            shift = torch.full_like(log_mass, bound / epsilon)
+        else:
+            shift = all_reduce_max(log_mass, group)
+        shift = shift.masked_fill(shift == -math.inf, 0)
+        return shift + reduce((log_mass - shift).exp(), group).log()
+
+    return reference.iterate(
+        column_mass, log_prior, init, epsilon=epsilon, n_iters=n_iters, relax=relax, mass=mass, tol=tol
+    )
