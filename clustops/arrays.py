@@ -16,18 +16,20 @@ def to_tensor(array: Any, name: str) -> Tensor:
     """A tensor that shares memory with ``array`` where its kind allows (a read-only array is never written).
 
     Raises:
-        TypeError: ``array`` is neither a tensor, nor a NumPy array, nor speaks DLPack, nor is a list of numbers.
+        TypeError, ValueError: ``array`` is no tensor, no array or list of real numbers, and has no DLPack.
     """
     if isinstance(array, Tensor):
         return array
     if isinstance(array, np.ndarray):
-        if array.dtype.kind not in "biuf":
-            reject(name, "an array of numbers", f"dtype {array.dtype}", "convert it with astype", TypeError)
+        if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
+            reject(
+                name, "an array of real numbers", f"dtype {array.dtype}", "convert it with astype", TypeError
+            )
         return _share(array)
     if hasattr(array, "__dlpack__"):
         return torch.utils.dlpack.from_dlpack(array)
     if isinstance(array, (list, tuple)):
-        return to_tensor(np.asarray(array), name)
+        return to_tensor(_rectangular(array, name), name)
     reject(
         name,
         "a tensor, a NumPy array or a DLPack array",
@@ -37,8 +39,17 @@ def to_tensor(array: Any, name: str) -> Tensor:
     )
 
 
+def _rectangular(rows: list[Any] | tuple[Any, ...], name: str) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        reject(name, "a list of rows of one length", "rows of several lengths", "pad or cut the rows")
+
+
 def _share(array: np.ndarray[Any, Any]) -> Tensor:
-    if not array.dtype.isnative or any(stride < 0 for stride in array.strides):
+    # torch has no negative strides, no foreign byte order, no strides between elements.
+    size = array.dtype.itemsize
+    if not array.dtype.isnative or any(stride < 0 or stride % size for stride in array.strides):
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     if array.flags.writeable:
         return torch.from_numpy(array)

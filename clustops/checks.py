@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any, NoReturn, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,11 @@ def check_floating(tensor: Tensor, name: str) -> None:
     check_tensor(tensor, name)
     if tensor.dtype not in FLOATING:
         reject(
-            name, "float32, float64, bfloat16 or float16", tensor.dtype, f"convert it: {name}.float()", TypeError
+            name,
+            "float32, float64, bfloat16 or float16",
+            tensor.dtype,
+            f"convert it: {name}.float()",
+            TypeError,
         )
 
 
@@ -91,7 +96,7 @@ def check_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str)
 
 def check_positive(value: float, name: str, cure: str) -> None:
     """Raise ``ValueError`` unless ``value`` is a finite number above 0 (``TypeError`` if it is no number)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
         reject(name, "a number above 0", type(value).__name__, cure, TypeError)
     if not 0 < value < float("inf"):
         reject(name, "finite and above 0", value, cure)

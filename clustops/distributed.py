@@ -24,7 +24,7 @@ Group = Any  # a torch.distributed.ProcessGroup; its stubs vary between torch bu
 def joined_ranks() -> Iterator[Group]:
     """The group of all ranks that torchrun started, until the context ends; ``None`` without torchrun.
 
-    Gloo carries CPU tensors, NCCL those on GPUs where torch has it; each rank gets the GPU of its local number.
+    Gloo carries CPU tensors, NCCL those on GPUs where torch has it; a rank gets the GPU of its local number.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield None
@@ -50,7 +50,7 @@ def check_group(group: Group) -> None:
             "call torch.distributed.init_process_group first, or pass group=None",
         )
     if not isinstance(group, dist.ProcessGroup):
-        reject("group", "a ProcessGroup or None", type(group).__name__, "pass torch.distributed.group.WORLD", TypeError)
+        reject("group", "a ProcessGroup or None", type(group).__name__, "pass dist.group.WORLD", TypeError)
 
 
 def world_size(group: Group) -> int:
@@ -115,7 +115,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def all_reduce_sum_differentiable(tensor: Tensor, group: Group) -> Tensor:
-    """Sum over ranks through which gradients flow: each rank gets those of the losses of all ranks, summed."""
+    """Sum over ranks through which gradients flow: each rank gets the summed ones of all ranks' losses."""
     if group is None:
         return tensor
     result: Tensor = _SumOverRanks.apply(tensor, group)

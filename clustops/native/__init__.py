@@ -47,8 +47,8 @@ def register(
         fake: shapes and dtypes of the result, from fake tensors.
         cpu, cuda: the kernels; ``None`` where the extension lacks them.
         setup_context, backward: the autograd formula. An op whose name ends in ``_backward`` gets one that
-            says that there is no second derivative. An op without a formula must not be called on tensors that
-            require a gradient.
+            says that there is no second derivative. An op without a formula must not be called on tensors
+            that require a gradient.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

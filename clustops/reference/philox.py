@@ -34,7 +34,8 @@ def philox(seed: int, stream: int, position: Tensor) -> tuple[Tensor, Tensor, Te
     for _ in range(_ROUNDS):
         # The 64-bit products wrap as unsigned ones do; masks undo the sign of the arithmetic shift.
         p0, p1 = c0 * _M0, c2 * _M1
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ low, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ high, p0 & _MASK
+        h0, h1 = (p0 >> 32) & _MASK, (p1 >> 32) & _MASK
+        c0, c1, c2, c3 = h1 ^ c1 ^ low, p1 & _MASK, h0 ^ c3 ^ high, p0 & _MASK
         low, high = (low + _W0) & _MASK, (high + _W1) & _MASK
     return c0, c1, c2, c3
 
