@@ -134,7 +134,7 @@ class _ShardedRows(torch.autograd.Function):
         return rows, weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
         features, labels, confidence, lse = ctx.saved_tensors
         grad, _ = all_gather_rows(grad, ctx.group)
         gradient = torch.ops.clustops.contrastive_rows_backward(

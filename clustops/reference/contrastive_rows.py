@@ -100,6 +100,7 @@ def contrastive_rows_backward(
 
 
 def unit_rows(features: Tensor, normalize: bool) -> Tensor:
+    """z ``[N, V, D]``."""
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.to(dtype)
     return rows * _inverse_norm(features) if normalize else rows
@@ -114,6 +115,7 @@ def _inverse_norm(features: Tensor) -> Tensor:
 
 
 def through_norm(dz: Tensor, features: Tensor, z: Tensor, normalize: bool) -> Tensor:
+    """The gradient of ``features`` from that of z: f = z |f| gives df = (dz - z (z.dz)) / |f|."""
     if normalize:
         dz = (dz - z * (z * dz).sum(-1, keepdim=True)) * _inverse_norm(features)
     return dz.to(features.dtype)
@@ -166,6 +168,7 @@ def _total_weight(z: Tensor, classes: Tensor, q: Tensor, own_weight: Tensor) -> 
 
 
 def blocks(first: int, count: int, n: int, views: int) -> Iterator[tuple[int, int]]:
+    """Samples ``first ... first + count - 1`` in ranges whose rows make one block of scores."""
     rows = max(_BLOCK_ROWS, _BLOCK_SCORES // max(1, n * views))
     step = max(1, rows // max(1, views))
     for start in range(first, first + count, step):
@@ -180,6 +183,7 @@ def score_block(z: Tensor, start: int, stop: int, temperature: float) -> Tensor:
 
 
 def log_partition(z: Tensor, first: int, count: int, temperature: float) -> Tensor:
+    """LSE_{b != a} s_ab ``[count, V]``; the lowest finite number where there is no b."""
     n, views, _ = z.shape
     lse = z.new_empty((count, views))
     for start, stop in blocks(first, count, n, views):

@@ -1,0 +1,53 @@
+"""clustops::weighted_contrastive_rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import contrastive_weighted_rows as reference
+from . import register
+
+
+def _rows_fake(
+    features: Tensor, pair_weights: Tensor, first: int, temperature: float, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    rows = features.new_empty((pair_weights.shape[0], features.shape[1]), dtype=dtype)
+    return rows, torch.empty_like(rows), rows.new_empty((pair_weights.shape[0],))
+
+
+def _backward_fake(grad: Tensor, features: Tensor, *unused: Any) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    features, pair_weights, *ctx.options = inputs
+    _, lse, weight = output
+    ctx.mark_non_differentiable(lse, weight)
+    ctx.save_for_backward(features, pair_weights, lse)
+
+
+def _differentiate(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+    gradient = torch.ops.clustops.weighted_contrastive_rows_backward(
+        grad.contiguous(), *ctx.saved_tensors, *ctx.options
+    )
+    return (gradient, None, None, None, None)
+
+
+register(
+    "weighted_contrastive_rows_backward(Tensor grad, Tensor features, Tensor pair_weights, Tensor lse, "
+    "SymInt first, float temperature, bool normalize) -> Tensor",
+    reference=reference.weighted_contrastive_rows_backward,
+    fake=_backward_fake,
+)
+register(
+    "weighted_contrastive_rows(Tensor features, Tensor pair_weights, SymInt first, float temperature, "
+    "bool normalize) -> (Tensor loss, Tensor lse, Tensor weight)",
+    reference=reference.weighted_contrastive_rows,
+    fake=_rows_fake,
+    setup_context=_save,
+    backward=_differentiate,
+)
