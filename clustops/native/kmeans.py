@@ -1,11 +1,11 @@
-"""clustops::kmeans_assign."""
+"""clustops::kmeans_assign and the other steps of k-means."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..reference import kmeans as reference
+from ..reference import kmeans_ops as ops
 from . import register
 
 
@@ -17,6 +17,50 @@ def _fake(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 register(
     "kmeans_assign(Tensor x, Tensor centroids, int top) -> (Tensor labels, Tensor distances)",
-    reference=reference.assign_l2,
+    reference=ops.assign_l2,
     fake=_fake,
+)
+
+
+def _fake_bounds(x: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2] + 1), dtype=torch.float64)
+
+
+register("kmeans_bounds(Tensor x, Tensor weights) -> Tensor", reference=ops.bounds, fake=_fake_bounds)
+
+
+def _fake_sums(x: Tensor, labels: Tensor, weights: Tensor, grid: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    b, _, d = x.shape
+    return x.new_empty((b, 2, k, d + 1), dtype=torch.float64), labels.new_empty((b, k))
+
+
+register(
+    "kmeans_sums(Tensor x, Tensor labels, Tensor weights, Tensor grid, SymInt k) -> (Tensor, Tensor)",
+    reference=ops.sums,
+    fake=_fake_sums,
+)
+
+
+def _fake_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    b, _, d = x.shape
+    return x.new_empty((b, k, d), dtype=ops.accumulator(x.dtype)), labels.new_empty((b, k))
+
+
+register(
+    "cluster_means(Tensor x, Tensor labels, Tensor weights, SymInt k) -> (Tensor means, Tensor counts)",
+    reference=ops.cluster_means,
+    fake=_fake_means,
+)
+
+
+def _fake_potentials(
+    x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, scale: Tensor
+) -> Tensor:
+    return x.new_empty((x.shape[0], candidates.shape[1]), dtype=torch.int64)
+
+
+register(
+    "kmeans_potentials(Tensor x, Tensor candidates, Tensor closest, Tensor weights, Tensor scale) -> Tensor",
+    reference=ops.potentials,
+    fake=_fake_potentials,
 )

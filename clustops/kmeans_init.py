@@ -1,0 +1,57 @@
+"""Where k-means starts: greedy k-means++ or distinct random rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .kmeans_rows import Rows, repeat
+from .reference.kmeans_ops import PLUS_PLUS, RANDOM_ROWS, draw
+
+
+def trials(k: int) -> int:
+    """How many candidates greedy k-means++ compares in each step."""
+    return 2 + int(math.log(k))
+
+
+def random_rows(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
+    """``k`` distinct rows of positive weight for each restart, every set equally likely: ``[E, K, D]``.
+
+    Where a problem has fewer rows than that, its first choice fills up.
+    """
+    position = rows.ordinals()
+    score = torch.stack([draw(seed, RANDOM_ROWS, r, 0, position) for r in range(restarts)], dim=1).flatten(
+        0, 1
+    )
+    index = rows.top_rows(torch.where(repeat(rows.weights, restarts) > 0, score, -torch.inf), k)
+    return rows.take(torch.where(index >= 0, index, index[:, :1]))
+
+
+def plus_plus(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
+    """Greedy k-means++ for each restart: ``[E, K, D]``.
+
+    A step draws ``trials(k)`` rows with probability proportional to the weighted squared distance to the
+    centroids so far, and keeps the one that leaves the smallest potential. With nothing left to draw (fewer
+    distinct rows than ``k``) the first centroid fills up.
+    """
+    t = trials(k)
+    position = torch.arange(k * t, device=rows.device)
+    uniform = torch.stack([draw(seed, PLUS_PLUS, r, 0, position) for r in range(restarts)]).repeat(
+        rows.batch, 1
+    )
+    weight_only, _ = rows.integer_potential(torch.ones_like(repeat(rows.weights, restarts)))
+    index, _ = rows.pick(weight_only, uniform[:, :1])
+    first = rows.take(index)
+    chosen, closest = [first], rows.assign(first)[1]
+    for step in range(1, k):
+        potential, scale = rows.integer_potential(closest)
+        index, total = rows.pick(potential, uniform[:, step * t : (step + 1) * t])
+        candidates = rows.take(index)
+        after = rows.potentials(candidates, closest, scale)
+        best = after.argmin(1).view(-1, 1, 1).expand(-1, 1, rows.d)
+        new = torch.where(total.view(-1, 1, 1) > 0, candidates.gather(1, best), first)
+        chosen.append(new)
+        closest = torch.minimum(closest, rows.assign(new)[1])
+    return torch.cat(chosen, dim=1)

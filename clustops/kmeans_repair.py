@@ -1,0 +1,192 @@
+"""What happens to empty clusters.
+
+A cluster is empty when it has no row of positive weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kmeans_rows import Rows, repeat
+from .reference.kmeans_ops import RELOCATE, SPLIT, draw, means_of
+
+# How far a split moves the two centroids, as a part of the way to the donor's farthest row.
+STEP = 2.0**-5
+
+
+def split(
+    rows: Rows, labels: Tensor, distances: Tensor, means: Tensor, counts: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty clusters next to the centroids of others, one child a donor.
+
+    Each empty cluster draws a donor with probability proportional to ``count - 1``; of several that drew the
+    same donor the first gets it. The two centroids stand ``mean +- STEP (farthest row - mean)``: some rows
+    are on either side, because the projections on that direction have mean zero and are not all zero. A donor
+    all of whose rows are equal has no such direction and is not drawn.
+
+    Args:
+        labels, distances: ``[E, N]``, of the assignment that ``means [E, K, D]`` and ``counts [E, K]`` are
+            of.
+        uniform: ``[E, K]`` in [0, 1), one number for each cluster that may be empty.
+
+    Returns:
+        centroids ``[E, K, D]``; the child of each donor ``[E, K]``, or K; the donors' farthest rows ``[E,
+        K]``.
+    """
+    k = counts.shape[1]
+    _, farthest = rows.extreme_members(distances, labels, k)
+    direction = rows.take(farthest) - means
+    divisible = (counts > 1) & (direction != 0).any(-1)
+    tickets = torch.where(divisible, counts - 1, 0).cumsum(1)
+    total = tickets[:, -1:]
+    target = (uniform * total).to(torch.int64).minimum(total - 1)
+    donor = torch.searchsorted(tickets, target, right=True).clamp(max=k - 1)
+    cluster = torch.arange(k, device=counts.device).expand_as(counts)
+    wants = torch.where((counts == 0) & (total > 0), cluster, k)
+    child = torch.full_like(counts, k).scatter_reduce(1, donor, wants, "amin")
+
+    up, down = means + STEP * direction, means - STEP * direction
+    # Where the step is lost in rounding the child takes the whole way.
+    lost = (up == down).all(-1, keepdim=True)
+    up, down = torch.where(lost, means + direction, up), torch.where(lost, means, down)
+    centroids = torch.where((child < k).unsqueeze(-1), down, means)
+    return replace(centroids, child, up), child, farthest
+
+
+def relocate(
+    rows: Rows, labels: Tensor, distances: Tensor, counts: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that become clusters of their own: those with the highest ``score [E, N]``, first row first.
+
+    A row at its centroid is not taken, nor is the last row of a cluster (the one nearest its centroid stays).
+
+    Returns:
+        ``[E, K]``: the i-th empty cluster and the row it gets, K and -1 where there is none; and the new
+        ``labels [E, N]``.
+    """
+    k = counts.shape[1]
+    _, keeper = rows.extreme_members(-distances, labels, k, last=True)
+    kept = keeper.gather(1, labels.clamp(min=0)) == rows.positions()
+    valid = (repeat(rows.weights, rows.copies(labels)) > 0) & (labels >= 0)
+    index = rows.top_rows(torch.where(valid & ~kept & (distances > 0), score, -torch.inf), k)
+    empty = empty_first(counts)
+    used = (index >= 0) & (empty < k)
+    cluster, index = torch.where(used, empty, k), torch.where(used, index, -1)
+    return cluster, index, rows.put_values(labels, index, cluster)
+
+
+def move_sums(
+    rows: Rows, labels: Tensor, cluster: Tensor, index: Tensor, sums: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``sums`` and ``counts`` after the rows ``index`` left the clusters of ``labels`` for ``cluster``."""
+    k = counts.shape[1]
+    taken, old = rows.take(index), rows.take_values(labels, index)
+    weights = rows.take_values(repeat(rows.weights, rows.copies(labels)), index)
+    gone, gone_counts = rows.sum_rows(taken, old, weights, k)
+    come, come_counts = rows.sum_rows(taken, torch.where(cluster < k, cluster, -1), weights, k)
+    return sums - gone + come, counts - gone_counts + come_counts
+
+
+def settle(
+    rows: Rows, centroids: Tensor, *, rounds: int, look: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The final assignment, repaired until no cluster is empty that need not be.
+
+    Each round the farthest rows, at most one of each cluster, become the centroids of empty clusters, and all
+    rows are assigned anew. An empty cluster owns no row, so nothing moves away from its centroid, and each
+    round at least one more distinct row has a centroid exactly on it: after ``K`` rounds all have, at the
+    latest. With fewer distinct rows than clusters this ends with every row on a centroid and the surplus
+    empty.
+
+    Args:
+        rounds: at most so many; ``K`` always suffice.
+        look: stop early, which asks the host.
+
+    Returns:
+        centroids, labels, distances, counts of rows of positive weight, and ``[E]`` how many were repaired.
+    """
+    k = centroids.shape[1]
+    repaired = torch.zeros(centroids.shape[0], dtype=torch.int64, device=centroids.device)
+    labels, distances = rows.assign(centroids)
+    counts = rows.count(labels, k)
+    for _ in range(rounds):
+        if look and not bool((counts == 0).any()):
+            break
+        best, farthest = rows.extreme_members(distances, labels, k)
+        best, donor = torch.where(counts > 1, best, 0.0).sort(dim=1, descending=True, stable=True)
+        empty = empty_first(counts)
+        used = (best > 0) & (empty < k)
+        if look and not bool(used.any()):
+            break
+        index = torch.where(used, farthest.gather(1, donor), -1)
+        centroids = replace(centroids, torch.where(used, empty, k), rows.take(index))
+        repaired = repaired + used.sum(1)
+        labels, distances = rows.assign(centroids)
+        counts = rows.count(labels, k)
+    return centroids, labels, distances, counts, repaired
+
+
+def relocation_scores(rows: Rows, distances: Tensor, policy: str, seed: int, iteration: int) -> Tensor:
+    """By what ``relocate`` chooses: the distance for ``"farthest"``, random numbers for ``"random"``."""
+    if policy == "farthest":
+        return distances
+    position = rows.ordinals()
+    restarts = rows.copies(distances)
+    return torch.stack(
+        [draw(seed, RELOCATE, r, iteration, position) for r in range(restarts)], dim=1
+    ).flatten(0, 1)
+
+
+def split_rounds(
+    rows: Rows, labels: Tensor, centroids: Tensor, counts: Tensor, seed: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rounds of ``split`` in which donors share their rows with their children, until no donor is left.
+
+    A row goes to the nearer of the two; whatever rounding does, the farthest row of the donor goes to the
+    child and the row that loses least by staying stays.
+
+    Returns:
+        labels, centroids, counts and how many clusters were repaired, ``[E]``.
+    """
+    k = counts.shape[1]
+    cluster = torch.arange(k, device=counts.device)
+    repaired = torch.zeros_like(counts[:, 0])
+    for iteration in range(k):
+        if not bool((counts == 0).any()):
+            break
+        means = means_of(rows.sum_labels(labels, k), centroids)
+        own = rows.own_distances(labels, means)
+        uniform = draw(seed, SPLIT, 0, iteration, cluster).expand_as(counts)
+        halves, child, farthest = split(rows, labels, own, means, counts, uniform)
+        donates = child < k
+        if not bool(donates.any()):
+            break
+        changed = replace(donates.unsqueeze(-1), child, donates.unsqueeze(-1))
+        centroids = torch.where(changed, halves, centroids)
+
+        its_child = child.gather(1, labels.clamp(min=0))
+        asked = (labels >= 0) & (its_child < k)
+        to_child = rows.own_distances(its_child.clamp(max=k - 1), halves)
+        margin = to_child - rows.own_distances(labels, halves)
+        margin = torch.where(farthest.gather(1, labels.clamp(min=0)) == rows.positions(), -torch.inf, margin)
+        _, keeper = rows.extreme_members(margin, labels, k, last=True)
+        stays = keeper.gather(1, labels.clamp(min=0)) == rows.positions()
+        nearer = (margin < 0) | ((margin == 0) & (its_child < labels))
+        labels = torch.where(asked & nearer & ~stays, its_child, labels)
+        counts = rows.count(labels, k)
+        repaired = repaired + donates.sum(1)
+    return labels, centroids, counts, repaired
+
+
+def empty_first(counts: Tensor) -> Tensor:
+    """The empty clusters in ascending order, then K for the rest: ``[E, K]``."""
+    k = counts.shape[1]
+    cluster = torch.arange(k, device=counts.device).expand_as(counts)
+    return torch.where(counts == 0, cluster, k).sort(dim=1).values
+
+
+def replace(centroids: Tensor, cluster: Tensor, new: Tensor) -> Tensor:
+    """``centroids [E, K, D]`` with ``new [E, m, D]`` at ``cluster [E, m]``; an entry of K goes nowhere."""
+    padded = torch.nn.functional.pad(centroids, (0, 0, 0, 1))
+    return padded.scatter(1, cluster.unsqueeze(-1).expand_as(new), new)[:, :-1]

@@ -1,0 +1,308 @@
+"""The rows that k-means goes over, wherever they lie: in memory, in a file, on other ranks.
+
+Everything that reads ``x`` or talks to other ranks is here. Rows are seen in chunks on the compute device;
+results do not depend on how the rows are cut into chunks or spread over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .checks import reject, values_are_checked
+from .distributed import Group, all_gather_rows, all_reduce_max, all_reduce_sum, rank
+from .reference.kmeans_ops import accumulator, fold, integer_scale, to_integer, unit_rows, units
+
+_CHUNK = 1 << 24  # elements of x in one chunk where a chunk must be copied
+_NONE = torch.iinfo(torch.int64).min
+
+
+def repeat(tensor: Tensor, copies: int) -> Tensor:
+    """``[B, ...]`` as ``[B * copies, ...]``, a problem's copies side by side; a view where strides allow."""
+    return tensor.unsqueeze(1).expand(-1, copies, *[-1] * (tensor.ndim - 1)).flatten(0, 1)
+
+
+class Rows:
+    """``B`` problems of ``N`` rows each, on this rank.
+
+    Methods take ``E = B * copies`` entries (restarts of a problem side by side) and find ``copies`` from
+    their arguments. A row of weight 0 gets a label but counts nowhere else. A row's index is its place in
+    the rows of all ranks, in rank order.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor | None,
+        lengths: Tensor | None,
+        *,
+        metric: str = "l2",
+        device: torch.device | None = None,
+        group: Group = None,
+    ) -> None:
+        """Read the rows once for their bounds.
+
+        Args:
+            x: ``[B, N, D]``. weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
+        """
+        self.x, self.metric, self.group = x, metric, group
+        self.device = x.device if device is None else device
+        self.dtype = accumulator(x.dtype)
+        self.batch, self.n, self.d = x.shape
+        self.weights = self._effective(weights, lengths)
+        before, total = self._before(torch.full((1,), self.n, device=self.device))
+        self.offset, self.n_total = int(before), int(total)
+        self.n_valid = all_reduce_sum((self.weights > 0).sum(1), group)
+        self.grid = units(all_reduce_max(self._bounds(), group), self.n_valid)
+
+    def _effective(self, weights: Tensor | None, lengths: Tensor | None) -> Tensor:
+        shape = (self.batch, self.n)
+        result = torch.ones((), dtype=torch.float64, device=self.device).expand(shape)
+        if weights is not None:
+            result = weights.to(self.device, torch.float64)
+        if lengths is not None:
+            inside = torch.arange(self.n, device=self.device) < lengths.to(self.device).unsqueeze(1)
+            result = torch.where(inside, result, 0.0)
+        return result
+
+    def _bounds(self) -> Tensor:
+        bound = torch.zeros((self.batch, self.d + 1), dtype=torch.float64, device=self.device)
+        for rows, chunk in self.chunks():
+            bound = torch.maximum(bound, torch.ops.clustops.kmeans_bounds(chunk, self.weights[:, rows]))
+        if values_are_checked(bound) and not bool(torch.isfinite(bound).all()):
+            reject(
+                "x", "finite", "NaN or infinite values", "remove or mask these rows, or give them weight 0"
+            )
+        return bound
+
+    def _prepare(self, part: Tensor) -> Tensor:
+        part = part.to(self.device, non_blocking=True)
+        return unit_rows(part) if self.metric == "cosine" else part.to(self.dtype)
+
+    def chunks(self, copies: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the rows and ``[B * copies, n, D]`` of them; the whole ``x`` where that needs no copy."""
+        moves = self.x.device != self.device
+        copied = moves or self.metric == "cosine" or self.x.dtype != self.dtype or min(copies, self.batch) > 1
+        size = max(1, _CHUNK // (self.batch * copies * self.d)) if copied else max(1, self.n)
+        slices = [slice(start, min(start + size, self.n)) for start in range(0, max(1, self.n), size)]
+        if moves and self.device.type == "cuda":
+            parts = _staged([self.x[:, rows] for rows in slices], self.device)
+        else:
+            parts = (self.x[:, rows] for rows in slices)
+        for rows, part in zip(slices, parts, strict=True):
+            yield rows, repeat(self._prepare(part), copies)
+
+    def copies(self, entries: Tensor) -> int:
+        """How many entries there are for each problem."""
+        return entries.shape[0] // self.batch
+
+    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``."""
+        labels, distances, _, _ = self._sweep(centroids, with_sums=False)
+        return labels, distances
+
+    def assign_and_sum(self, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``assign`` and, in the same pass, the sums ``[E, 2, K, D + 1]`` and counts ``[E, K]`` by label."""
+        labels, distances, sums, counts = self._sweep(centroids, with_sums=True)
+        return labels, distances, all_reduce_sum(sums, self.group), all_reduce_sum(counts, self.group)
+
+    def _sweep(self, centroids: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        copies, (e, k, d) = self.copies(centroids), centroids.shape
+        found, far = [], []
+        sums = torch.zeros((e, 2, k, d + 1) if with_sums else 0, dtype=torch.float64, device=self.device)
+        counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
+        for rows, chunk in self.chunks(copies):
+            labels, distances = (t.squeeze(-1) for t in torch.ops.clustops.kmeans_assign(chunk, centroids, 1))
+            if with_sums:
+                part = self.sum_rows(chunk, labels, repeat(self.weights[:, rows], copies), k)
+                sums, counts = sums + part[0], counts + part[1]
+            found.append(labels)
+            far.append(distances)
+        return torch.cat(found, 1), torch.cat(far, 1), sums, counts
+
+    def sum_rows(self, rows: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Sums and counts of ``rows [E, n, D]`` by label, on the grid of all rows."""
+        sums: tuple[Tensor, Tensor] = torch.ops.clustops.kmeans_sums(
+            rows, labels, weights, repeat(self.grid, self.copies(rows)), k
+        )
+        return sums
+
+    def sum_labels(self, labels: Tensor, k: int) -> Tensor:
+        """Sums ``[E, 2, K, D + 1]`` of all rows by the given ``labels [E, N]``."""
+        copies = self.copies(labels)
+        parts = [
+            self.sum_rows(chunk, labels[:, rows], repeat(self.weights[:, rows], copies), k)[0]
+            for rows, chunk in self.chunks(copies)
+        ]
+        return all_reduce_sum(torch.stack(parts).sum(0), self.group)
+
+    def own_distances(self, labels: Tensor, centroids: Tensor) -> Tensor:
+        """``||x_n - c_label(n)||^2`` for labels that need not be the nearest; ``[E, N]``."""
+        parts = []
+        for rows, chunk in self.chunks(self.copies(labels)):
+            own = centroids.gather(1, labels[:, rows].clamp(min=0).unsqueeze(-1).expand(-1, -1, self.d))
+            parts.append((chunk - own).square().sum(-1))
+        return torch.cat(parts, 1)
+
+    def count(self, labels: Tensor, k: int) -> Tensor:
+        """Rows of positive weight with each label, over all ranks: ``[E, K]``."""
+        valid = repeat(self.weights, self.copies(labels)) > 0
+        counts = labels.new_zeros((labels.shape[0], k))
+        counts.scatter_add_(1, labels.clamp(min=0), valid.to(torch.int64))
+        return all_reduce_sum(counts, self.group)
+
+    def total(self, values: Tensor) -> Tensor:
+        """``sum_n w_n v_n`` over all ranks, float64 ``[E]``, the same bits for any sharding."""
+        copies = self.copies(values)
+        weights = repeat(self.weights, copies)
+        weighted = torch.where(weights > 0, values.to(torch.float64) * weights, 0.0)
+        bound = all_reduce_max(_amax(weighted.abs()), self.group)
+        grid = units(bound, repeat(self.n_valid, copies))
+        high, low = fold(weighted, grid[:, :1], grid[:, 1:])
+        parts = all_reduce_sum(torch.stack([high.sum(1), low.sum(1)]), self.group)
+        return parts[0] + parts[1]
+
+    def take(self, index: Tensor) -> Tensor:
+        """The rows with these indices: ``[E, m]`` to ``[E, m, D]``; zeros for an index of -1."""
+        local, owned = self._local(index)
+        if self.n == 0:
+            rows = torch.zeros((*index.shape, self.d), dtype=self.dtype, device=self.device)
+        else:
+            where = local.reshape(self.batch, -1, 1).expand(-1, -1, self.d).to(self.x.device)
+            rows = self._prepare(self.x.gather(1, where)).view(*index.shape, self.d)
+        return all_reduce_sum(torch.where(owned.unsqueeze(-1), rows, 0.0), self.group)
+
+    def take_values(self, values: Tensor, index: Tensor) -> Tensor:
+        """``values [E, N]`` at these indices ``[E, m]``; 0 for an index of -1."""
+        local, owned = self._local(index)
+        picked = torch.zeros_like(index, dtype=values.dtype) if self.n == 0 else values.gather(1, local)
+        return all_reduce_sum(torch.where(owned, picked, 0), self.group)
+
+    def put_values(self, values: Tensor, index: Tensor, new: Tensor) -> Tensor:
+        """``values [E, N]`` with ``new [E, m]`` at these indices; an index of -1 changes nothing."""
+        local, owned = self._local(index)
+        dump = torch.nn.functional.pad(values, (0, 1))
+        return dump.scatter(1, torch.where(owned, local, self.n), new)[:, : self.n]
+
+    def _local(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        local = index - self.offset
+        return local.clamp(0, max(0, self.n - 1)), (local >= 0) & (local < self.n)
+
+    def positions(self) -> Tensor:
+        """The index of each row: ``[N]``."""
+        return torch.arange(self.n, device=self.device) + self.offset
+
+    def ordinals(self) -> Tensor:
+        """How many rows of positive weight come before each row: ``[B, N]``."""
+        valid = (self.weights > 0).to(torch.int64)
+        before, _ = self._before(valid.sum(1))
+        return valid.cumsum(1) - valid + before.unsqueeze(1)
+
+    def _before(self, count: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of ``count [E]`` over the ranks before this one and over all ranks."""
+        if self.group is None:
+            return torch.zeros_like(count), count
+        gathered, _ = all_gather_rows(count.unsqueeze(0), self.group)
+        return gathered[: rank(self.group)].sum(0), gathered.sum(0)
+
+    def extreme_members(
+        self, score: Tensor, labels: Tensor, k: int, *, last: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The highest ``score [E, N]`` in each cluster and the index of the first (or last) row that has it.
+
+        Returns:
+            ``[E, K]`` scores, -inf where a cluster has no row of positive weight, and indices, -1 there.
+        """
+        valid = (repeat(self.weights, self.copies(labels)) > 0) & (labels >= 0)
+        score = torch.where(valid, score, -torch.inf)
+        bucket = labels.clamp(min=0)
+        best = score.new_full((score.shape[0], k), -torch.inf).scatter_reduce(1, bucket, score, "amax")
+        best = all_reduce_max(best, self.group)
+        sign = 1 if last else -1
+        place = torch.where(valid & (score == best.gather(1, bucket)), sign * self.positions(), _NONE)
+        index = torch.full_like(best, _NONE, dtype=torch.int64).scatter_reduce(1, bucket, place, "amax")
+        index = all_reduce_max(index, self.group)
+        return best, torch.where(index == _NONE, -1, sign * index)
+
+    def top_rows(self, score: Tensor, m: int) -> Tensor:
+        """Indices ``[E, m]`` of the rows with the highest ``score [E, N]``, ties to the lowest index.
+
+        Rows of score -inf are not taken; -1 stands where fewer are left.
+        """
+        best, order = score.sort(dim=1, descending=True, stable=True)
+        best, order = best[:, :m].T, (order[:, :m] + self.offset).T
+        best, _ = all_gather_rows(best.contiguous(), self.group)
+        order, _ = all_gather_rows(order.contiguous(), self.group)
+        best, again = best.sort(dim=0, descending=True, stable=True)
+        index = torch.where(best > -torch.inf, order.gather(0, again), -1)[:m].T
+        return torch.nn.functional.pad(index, (0, m - index.shape[1]), value=-1)
+
+    def integer_potential(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``w_n v_n`` as integers ``[E, N]`` whose sum stays below 2^62, and their scale ``[E]``."""
+        copies = self.copies(values)
+        weights = repeat(self.weights, copies)
+        weighted = torch.where(weights > 0, values.to(torch.float64) * weights, 0.0)
+        bound = all_reduce_max(_amax(weighted), self.group)
+        scale = integer_scale(bound, repeat(self.n_valid, copies))
+        return to_integer(values, weights, scale), scale
+
+    def potentials(self, candidates: Tensor, closest: Tensor, scale: Tensor) -> Tensor:
+        """The integer potential with each of ``candidates [E, T, D]`` added to the centroids: ``[E, T]``."""
+        copies = self.copies(candidates)
+        result = torch.zeros(candidates.shape[:2], dtype=torch.int64, device=self.device)
+        for rows, chunk in self.chunks(copies):
+            weights = repeat(self.weights[:, rows], copies)
+            result += torch.ops.clustops.kmeans_potentials(
+                chunk, candidates, closest[:, rows], weights, scale
+            )
+        return all_reduce_sum(result, self.group)
+
+    def pick(self, potential: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw rows with probability proportional to the integer ``potential [E, N]``.
+
+        Args:
+            potential: from ``integer_potential``.
+            uniform: ``[E, m]`` in [0, 1).
+
+        Returns:
+            ``[E, m]`` indices, -1 where the potential is all zero, and the total potential ``[E]``.
+        """
+        before, total = self._before(potential.sum(1))
+        target = (uniform * total.unsqueeze(1)).to(torch.int64).minimum(total.unsqueeze(1) - 1)
+        cumulative = potential.cumsum(1)
+        local = target - before.unsqueeze(1)
+        place = torch.searchsorted(cumulative, local, right=True)
+        owned = (local >= 0) & (place < self.n)
+        index = torch.where(owned, place + self.offset, -1)
+        return all_reduce_max(index, self.group), total
+
+
+def _amax(values: Tensor) -> Tensor:
+    """Largest of each row of ``[E, N]`` and 0."""
+    return torch.nn.functional.pad(values, (0, 1)).amax(1)
+
+
+def _staged(parts: list[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Host tensors on a GPU; while the caller's kernels work on one, the next is copied.
+
+    Two pinned buffers take turns, so that a copy is asynchronous although ``x`` lies in pageable memory.
+    """
+    copier = torch.cuda.Stream(device)
+    buffers: list[tuple[Tensor, torch.cuda.Event] | None] = [None, None]
+    for turn, part in enumerate(parts):
+        slot = buffers[turn % 2]
+        if slot is not None:
+            slot[1].synchronize()  # the copy out of this buffer has ended
+        pinned = slot[0] if slot is not None else torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
+        staged = pinned[: part.numel()].view(part.shape)
+        staged.copy_(part)
+        with torch.cuda.stream(copier):
+            moved = staged.to(device, non_blocking=True)
+        done = copier.record_event()
+        buffers[turn % 2] = (pinned, done)
+        caller = torch.cuda.current_stream(device)
+        caller.wait_event(done)
+        moved.record_stream(caller)
+        yield moved
