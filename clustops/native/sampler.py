@@ -1,0 +1,59 @@
+"""clustops::cluster_members, clustops::sampler_order, clustops::sampler_batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import sampler as reference
+from . import register
+
+
+def _fake_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.int32 if labels.numel() < 2**31 else torch.int64
+    labelled = torch.library.get_ctx().new_dynamic_size()
+    return labels.new_empty(labelled, dtype=dtype), labels.new_empty(k + 1, dtype=torch.int64)
+
+
+def _fake_order(
+    positions: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    bounds: Tensor,
+    seed: int,
+    epoch: int,
+    replacement: str,
+) -> Tensor:
+    return positions.new_empty(positions.shape)
+
+
+def _fake_batches(
+    batches: Tensor,
+    members: Tensor,
+    offsets: Tensor,
+    clusters: Tensor,
+    clusters_per_batch: int,
+    samples_per_cluster: int,
+    seed: int,
+    epoch: int,
+) -> Tensor:
+    return batches.new_empty(batches.shape[0], clusters_per_batch * samples_per_cluster)
+
+
+register(
+    "cluster_members(Tensor labels, int k) -> (Tensor members, Tensor offsets)",
+    reference=reference.cluster_members,
+    fake=_fake_members,
+)
+register(
+    "sampler_order(Tensor positions, Tensor members, Tensor offsets, Tensor bounds, int seed, int epoch, "
+    "str replacement) -> Tensor",
+    reference=reference.sampler_order,
+    fake=_fake_order,
+)
+register(
+    "sampler_batches(Tensor batches, Tensor members, Tensor offsets, Tensor clusters, "
+    "int clusters_per_batch, int samples_per_cluster, int seed, int epoch) -> Tensor",
+    reference=reference.sampler_batches,
+    fake=_fake_batches,
+)
