@@ -106,8 +106,8 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
         )
 
     def indices(self, start: int, stop: int) -> Tensor:
-        """The global order from ``start`` to before ``stop``, both in [0, order_size], as int64; all ranks'
-        parts.""" check_count(start, "start", 0, "pass a position of the epoch")
+        """Data set indices at positions ``start`` to before ``stop`` of the global order, int64."""
+        check_count(start, "start", 0, "pass a position of the epoch")
         check_count(stop, "stop", start, "pass a position from start on")
         if stop > self.order_size:
             reject(

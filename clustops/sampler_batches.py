@@ -67,8 +67,8 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
         super().__init__(labels, seed=seed, num_replicas=num_replicas, rank=rank, drop_last=drop_last)
 
     def batches(self, start: int, stop: int) -> Tensor:
-        """The batches from ``start`` to before ``stop``, int64 ``[stop - start, P m]``, cluster by
-        cluster.""" check_count(start, "start", 0, "pass the number of a batch")
+        """Batches ``start`` to before ``stop`` of the global order: int64 ``[stop - start, P m]``."""
+        check_count(start, "start", 0, "pass the number of a batch")
         check_count(stop, "stop", start, "pass a number from start on")
         return self._take(torch.arange(start, stop))
 

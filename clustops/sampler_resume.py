@@ -98,8 +98,8 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         self.total_size = self.num_samples * self.num_replicas
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, any integer in [0, 2^48): each has its own order. Another epoch starts at
-        position 0.""" check_count(epoch, "epoch", 0, "pass the number of the epoch")
+        """Choose the epoch, in [0, 2^48): each has its own order. Another epoch starts at position 0."""
+        check_count(epoch, "epoch", 0, "pass the number of the epoch")
         if epoch >= 2**48:
             reject("epoch", "below 2^48", epoch, "pass the number of the epoch")
         if epoch != self.epoch:

@@ -68,7 +68,7 @@ def cluster_weights(
     Source: Caron et al., DeepCluster, ECCV 2018; "effective": Cui et al., CVPR 2019.
     """
     back = like(counts)
-    counts = _counts(counts, "counts")
+    counts = check_counts(counts, "counts")
     check_choice(scheme, "scheme", ("inverse", "power", "effective"))
     check_choice(normalize, "normalize", ("sample_mean", "cluster_mean", "none"))
     check_choice(empty, "empty", ("zero", "error"))
@@ -126,7 +126,7 @@ def balanced_quota(counts: Any, total: int) -> Any:
         tensor([4, 1, 0, 3])
     """
     back = like(counts)
-    counts = _counts(counts, "counts")
+    counts = check_counts(counts, "counts")
     if counts.is_floating_point():
         reject("counts", "integers", counts.dtype, "convert them: counts.long()", TypeError)
     check_count(total, "total", 0, "pass the number of samples to take")
@@ -177,13 +177,13 @@ def cluster_members(labels: Any, k: int) -> tuple[Any, Any]:
     return back(members), back(offsets)
 
 
-def check_labels(labels: Any) -> Tensor:
+def check_labels(labels: Any, name: str = "labels") -> Tensor:
     """``labels`` as a tensor; raise unless they are ``[N]`` integers."""
-    tensor = to_tensor(labels, "labels")
+    tensor = to_tensor(labels, name)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        reject("labels", "integers", tensor.dtype, "convert them: labels.long()", TypeError)
+        reject(name, "integers", tensor.dtype, f"convert them: {name}.long()", TypeError)
     if tensor.dim() != 1:
-        reject("labels", "[N]", shape_of(tensor), "pass one label per sample")
+        reject(name, "[N]", shape_of(tensor), "pass one label per sample")
     return tensor
 
 
@@ -221,7 +221,7 @@ def draw_weights(counts: Tensor, power: float) -> Tensor:
 
 def given_weights(weights: Any, counts: Tensor) -> Tensor:
     """The caller's share of each cluster as integers like those of ``draw_weights``."""
-    shares = _counts(weights, "cluster_weights").detach().cpu().double()
+    shares = check_counts(weights, "cluster_weights").detach().cpu().double()
     if shares.numel() < counts.numel():
         reject(
             "cluster_weights",
@@ -255,7 +255,8 @@ def check_number(value: Any, name: str, cure: str) -> float:
     return float(value)
 
 
-def _counts(array: Any, name: str) -> Tensor:
+def check_counts(array: Any, name: str) -> Tensor:
+    """``array`` as a tensor; raise unless it is ``[K]`` finite numbers >= 0, K >= 1."""
     counts: Tensor = to_tensor(array, name)
     if counts.dim() != 1 or counts.numel() == 0:
         reject(name, "[K] with K >= 1", shape_of(counts), "pass one number per cluster")

@@ -20,10 +20,11 @@ words as one number ``w0 * 2^32 + w1`` and its last two as another: ``u[2i], u[2
     shift(x, w, n) = (x + ((w >> 32) * n >> 32)) mod n
 
 ``order[position]``, keys of tag ``ORDER``: slot = permute(position mod M, M, slot_tweak); its cluster c is
-the one with bounds[c] <= slot < bounds[c + 1]; j = slot - bounds[c]; n is the cluster's size, q its quota.
-    Then without replacement: members[offsets[c] + permute(j mod n, n, tweak(c, j div n))];
-    independent draws:   members[offsets[c] + (w0 * 2^32 + w1) * n >> 64], w = philox(seed, (DRAWS << 48) +
-        epoch, slot).
+the one with bounds[c] <= slot < bounds[c + 1]; j = slot - bounds[c]; n is the cluster's size, q its
+quota. Then
+    without replacement: members[offsets[c] + permute(j mod n, n, tweak(c, j div n))];
+    independent draws:   members[offsets[c] + (w0 * n + (w1 * n >> 32) >> 32)],
+                         w = philox(seed, stream=(DRAWS << 48) + epoch, position=slot).
 """
 
 from __future__ import annotations
