@@ -15,7 +15,8 @@ from matplotlib.lines import Line2D
 from .case import OURS
 from .table import seconds
 
-FASTER, SLOWER, TARGET, INK = "#2b7a78", "#c8553d", "#f2a541", "#222222"
+FASTER, SLOWER, TARGET, INK, GREY = "#2b7a78", "#c8553d", "#f2a541", "#222222", "#666666"
+PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}  # keeps the grid out of the words
 Bar = tuple[str, float, float | None]  # peer, ratio, target
 
 
@@ -26,17 +27,22 @@ def draw(document: dict[str, Any], path: Path) -> None:
     if not groups:
         return
     rows = sum(len(bars) for _, bars in groups) + 1.3 * len(groups)
-    figure, axes = pyplot.subplots(figsize=(10, 0.3 * rows + 1.5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 0.3 * rows + 1.8), layout="constrained")
     _draw_groups(axes, groups, mode)
     machine = document["machine"]
-    axes.set_title(
-        f"{document['op']}: how many times as fast clustops is\n"
-        f"{machine['gpu'] or machine['cpu']}, {mode}, torch {machine['versions'].get('torch', '?')}, "
-        f"commit {machine['commit']}",
-        loc="left",
-        fontsize=10,
-        color=INK,
+    place = f"{machine['gpu'] or machine['cpu']}, {mode}, torch {machine['versions'].get('torch', '?')}"
+    heading = f"{document['op']}: how many times as fast as each peer clustops is"
+    axes.set_title(heading, loc="left", fontsize=12, fontweight="bold", color=INK, pad=22)
+    note = f"{place}, commit {machine['commit']}"
+    axes.annotate(
+        note, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=8, color=GREY
     )
+    legend = [
+        Line2D([], [], color=FASTER, linewidth=6, label="clustops is faster"),
+        Line2D([], [], color=SLOWER, linewidth=6, label="the peer is faster"),
+        Line2D([], [], color=TARGET, linewidth=3, label="target"),
+    ]
+    figure.legend(handles=legend, fontsize=8, frameon=False, ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -53,7 +59,7 @@ def _draw_groups(axes: Axes, groups: list[tuple[dict[str, Any], list[Bar]]], mod
     left, right = min(0.7, 0.8 * min(ratios)), 1.5 * max(2.0, *ratios)
     place, ticks, names = 0.0, [], []
     for case, bars in groups:
-        axes.text(left, place, _title(case, mode), fontsize=9, fontweight="bold", va="center")
+        axes.text(left, place, _title(case, mode), fontsize=9, fontweight="bold", va="center", bbox=PLAIN)
         place += 1
         for peer, ratio, target in bars:
             colour = FASTER if ratio >= 1 else SLOWER
@@ -77,17 +83,13 @@ def _draw_groups(axes: Axes, groups: list[tuple[dict[str, Any], list[Bar]]], mod
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    legend = [
-        Line2D([], [], color=FASTER, linewidth=6, label="clustops is faster"),
-        Line2D([], [], color=SLOWER, linewidth=6, label="the peer is faster"),
-        Line2D([], [], color=TARGET, linewidth=3, label="target"),
-    ]
-    axes.legend(
-        handles=legend, fontsize=8, frameon=False, ncols=3, loc="upper right", bbox_to_anchor=(1, 1.08)
-    )
 
 
 def _title(case: dict[str, Any], mode: str) -> str:
-    ours = next((row for row in case["rows"] if row["name"] == OURS), None)
-    time = ours and ours["timings"].get(mode)
-    return f"{case['name']}: {seconds(time['seconds'])} a {case['step']}" if time else case["name"]
+    """The case, our time, its share of the floor, and the target in seconds where there is one."""
+    timing = next(row for row in case["rows"] if row["name"] == OURS)["timings"][mode]
+    title = (
+        f"{case['name']}: {seconds(timing['seconds'])} per {case['step']}, {timing['of_floor']:.0%} of floor"
+    )
+    target = case["target_seconds"]
+    return title if target is None else f"{title}, target {seconds(target)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from .case import OURS, Case
@@ -77,7 +77,7 @@ def target_for(case: Case, peer: str, instruction_sets: list[str]) -> float | No
 
 
 def case_json(
-    result: CaseResult, modes: list[Mode], floors: dict[str, Floors], instruction_sets: list[str]
+    result: CaseResult, modes: list[Mode], floors: dict[str, Floors], machine: dict[str, Any]
 ) -> dict[str, Any]:
     """One case: its floors by mode, its rows, what was skipped and why."""
     case = result.case
@@ -103,7 +103,7 @@ def case_json(
                 "wrong": row.wrong,
                 "comparable": row.comparable,
                 "peak_bytes": row.peak_bytes,
-                "target": target_for(case, row.name, instruction_sets),
+                "target": target_for(case, row.name, machine["instruction_sets"]),
                 "timings": timings,
             }
         )
@@ -123,24 +123,16 @@ def case_json(
     }
 
 
-def document(
-    op: str,
-    suite: str,
-    machine: dict[str, Any],
-    modes: list[Mode],
-    floors: dict[str, Floors],
-    results: list[CaseResult],
+def header(
+    op: str, suite: str, machine: dict[str, Any], modes: list[Mode], floors: dict[str, Floors]
 ) -> dict[str, Any]:
-    """What one op's JSON file holds; the first mode is the one to quote."""
+    """What one op's JSON file holds before the first case; the first mode is the one to quote."""
     return {
         "schema": 1,
         "op": op,
         "suite": suite,
         "machine": machine,
         "modes": [mode._asdict() for mode in modes],
-        "floors": {
-            name: {"threads": floor.threads, "rates": floor.rates, "source": floor.source}
-            for name, floor in floors.items()
-        },
-        "cases": [case_json(result, modes, floors, machine["instruction_sets"]) for result in results],
+        "floors": {name: asdict(floor) for name, floor in floors.items()},
+        "cases": [],
     }

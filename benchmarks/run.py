@@ -8,18 +8,21 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clustops.checks import ClustopsWarning
+
 from . import machine, table
 from .case import Case
 from .contest import Setting, run_case
 from .floors import Floors, measure_cpu, measure_cuda
 from .measure import set_threads
-from .record import CaseResult, Mode, document
+from .record import CaseResult, Mode, case_json, header
 
 OPS = ("kmeans", "sinkhorn", "contrastive", "sampler")
 SUITES = ("quick", "cpu", "cuda")
@@ -35,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if options.suite == "cuda" else "cpu")
     modes = modes_for(device, options.threads)
     setting = Setting(options.suite, device, modes, options.peers, options.seconds)
+    warnings.simplefilter("ignore", ClustopsWarning)  # random scores deserve them; the numbers do not change
     floors = _floors(setting)
     facts = machine.describe()
     deadline = time.monotonic() + options.minutes * 60
     failed = False
     for op in options.op:
         cases = importlib.import_module(f"benchmarks.{op}").cases(options.suite)
-        report = document(op, options.suite, facts, modes, floors, [])
+        report = header(op, options.suite, facts, modes, floors)
         failed |= run_op(cases, setting, floors, report, options.out, deadline)
     return int(failed)
 
@@ -63,11 +67,12 @@ def run_op(
             continue
         print(f"... {case.name}", file=sys.stderr, flush=True)
         results.append(run_case(case, setting))
-        report = document(report["op"], report["suite"], report["machine"], setting.modes, floors, results)
+        report["cases"].append(case_json(results[-1], setting.modes, floors, report["machine"]))
         print(table.case_lines(report["cases"][-1], report["modes"]), flush=True)
         write(report, out)
     if results:
         print(table.verdict(report) + "\n", flush=True)
+        picture(report, out)
     return any(result.failed for result in results)
 
 
@@ -80,16 +85,20 @@ def modes_for(device: torch.device, threads: int) -> list[Mode]:
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """``SUITE-OP.json``, and ``SUITE-OP.png`` where matplotlib is installed."""
+    """``SUITE-OP.json``."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"{report['suite']}-{report['op']}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    path = folder / f"{report['suite']}-{report['op']}.json"
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def picture(report: dict[str, Any], folder: Path) -> None:
+    """``SUITE-OP.png``, where matplotlib is installed."""
     try:
         from .plot import draw
     except ImportError as missing:
         print(f"no picture: {missing}", file=sys.stderr)
         return
-    draw(report, stem.with_suffix(".png"))
+    draw(report, folder / f"{report['suite']}-{report['op']}.png")
 
 
 def _floors(setting: Setting) -> dict[str, Floors]:

@@ -7,8 +7,8 @@ from typing import Any
 from .case import OURS
 
 UNITS = {"exp": "Gexp/s", "bytes": "GB/s"}
-COLUMNS = ("", "median", "spread", "rate", "floor", "faster", "target", "wall", "memory", "error")
-LINE = "  {:<32}{:>9} {:>6} {:>14} {:>6} {:>7} {:>12} {:>7} {:>9} {:>7}"
+COLUMNS = ("", "median", "spread", "rate", "of floor", "faster", "target", "wall", "memory", "error")
+LINE = "  {:<32}{:>9} {:>6} {:>14} {:>8} {:>7} {:>12} {:>7} {:>9} {:>7}"
 
 
 def heading(document: dict[str, Any]) -> str:
@@ -23,7 +23,8 @@ def heading(document: dict[str, Any]) -> str:
             f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, "
             + f"{' '.join(machine['instruction_sets'])}; extension {machine['native']}",
             *(f"floor, {name}: {_rates(floor)}" for name, floor in document["floors"].items()),
-            f"median: {_clock(modes[0])}; floor: its share of the time; {faster}",
+            f"median: {_clock(modes[0])}; of floor: the floor's share of it",
+            faster,
             LINE.format(*COLUMNS).rstrip(),
         ]
     )
@@ -31,15 +32,16 @@ def heading(document: dict[str, Any]) -> str:
 
 def case_lines(case: dict[str, Any], modes: list[dict[str, Any]]) -> str:
     """One case: its title, a line an implementation, and the skipped ones by name."""
-    quoted = modes[0]["name"]
-    floor = case["floors"][quoted]
-    loads = ", ".join(f"{load:.2f} at {mode}" for mode, load in case["load_averages"].items())
+    floor = case["floors"][modes[0]["name"]]
+    loads = ", ".join(f"{load:.2f}" for load in case["load_averages"].values())
     lines = [
-        f"{case['name']}  (times a {case['step']}; floor {seconds(floor['seconds'])} by {floor['limit']}; "
-        f"error: {case['error_name']}; load {loads})"
+        case["name"],
+        f"  per {case['step']}; floor {seconds(floor['seconds'])} by {floor['limit']}; load average {loads}; "
+        f"error: {case['error_name']}",
+        *(_row(case, row, modes) for row in case["rows"]),
     ]
-    lines += [_row(case, row, modes) for row in case["rows"]]
-    lines += [f"  {name:<32}skipped: {reason}" for name, reason in case["skipped"].items()]
+    for name, reason in case["skipped"].items():
+        lines.append(f"  {name:<32}{reason if reason.startswith('failed') else 'skipped: ' + reason}")
     return "\n".join(lines)
 
 
@@ -143,4 +145,7 @@ def _clock(mode: dict[str, Any]) -> str:
 
 
 def _bytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    for scale, unit in ((1e9, "GB"), (1e6, "MB")):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count / 1e3:.3g} kB"
