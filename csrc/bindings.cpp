@@ -1,0 +1,144 @@
+// The only file that knows Python: DLPack capsules in, tensor views out, and the list of what the module offers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "common/kmeans.h"
+#include "cpu/kernels.h"
+#ifdef CLUSTOPS_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// The stable layout of the DLPack exchange format, version 0.x, as capsules named "dltensor" carry it.
+struct DLTensor {
+  void* data;
+  struct {
+    int32_t device_type, device_id;
+  } device;
+  int32_t ndim;
+  struct {
+    uint8_t code, bits;
+    uint16_t lanes;
+  } dtype;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+clustops::DType dtype_of(const DLTensor& t) {
+  enum : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4 };
+  using clustops::DType;
+  if (t.dtype.lanes == 1) {
+    if (t.dtype.code == kFloat && t.dtype.bits == 32) return DType::f32;
+    if (t.dtype.code == kFloat && t.dtype.bits == 64) return DType::f64;
+    if (t.dtype.code == kFloat && t.dtype.bits == 16) return DType::f16;
+    if (t.dtype.code == kBfloat && t.dtype.bits == 16) return DType::bf16;
+    if (t.dtype.code == kInt && t.dtype.bits == 32) return DType::i32;
+    if (t.dtype.code == kInt && t.dtype.bits == 64) return DType::i64;
+  }
+  throw std::invalid_argument("a kernel takes float32, float64, float16, bfloat16, int32 or int64 tensors");
+}
+
+clustops::Device device_of(const DLTensor& t) {
+  constexpr int32_t kCpu = 1, kCuda = 2, kCudaHost = 3;
+  if (t.device.device_type == kCpu || t.device.device_type == kCudaHost) return clustops::Device::cpu;
+  if (t.device.device_type == kCuda) return clustops::Device::cuda;
+  throw std::invalid_argument("a kernel takes tensors in host memory or on a CUDA device");
+}
+
+clustops::Tensor view_of(const DLTensor& t) {
+  if (t.ndim > clustops::Tensor::kMaxDims) throw std::invalid_argument("a kernel takes tensors of up to 8 dimensions");
+  clustops::Tensor view;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.dtype = dtype_of(t);
+  view.device = device_of(t);
+  view.device_index = t.device.device_id;
+  view.dims = t.ndim;
+  int64_t dense = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    view.shape[i] = t.shape[i];
+    view.strides[i] = t.strides ? t.strides[i] : dense;
+    dense *= t.shape[i];
+  }
+  return view;
+}
+
+}  // namespace
+
+namespace pybind11::detail {
+
+// A DLPack capsule is read, not consumed: the caller's argument keeps the memory alive during the call.
+template <>
+struct type_caster<clustops::Tensor> {
+  PYBIND11_TYPE_CASTER(clustops::Tensor, const_name("dltensor"));
+
+  bool load(handle source, bool) {
+    if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
+    value = view_of(*static_cast<const DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor")));
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+using clustops::Device;
+using clustops::Tensor;
+namespace cpu = clustops::cpu;
+
+void bind_machine(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("instruction_set", &cpu::instruction_set, "The instruction set whose CPU kernels are in use.");
+  m.def("instruction_sets", &cpu::instruction_sets, "Those that this CPU can run, the best first.");
+  m.def("use_instruction_set", &cpu::use_instruction_set, "Take the kernels of another set: for tests.");
+  m.def("cuda_archs", [] { return std::string(CLUSTOPS_CUDA_ARCHS); }, "What CUDA kernels were compiled for, or ''.");
+  m.def("measure_fma", [](double s, int t) { return cpu::kernels().measure_fma(s, t); }, py::arg("seconds"),
+        py::arg("threads"), release(), "GFLOP/s");
+  m.def("measure_exp", [](double s, int t) { return cpu::kernels().measure_exp(s, t); }, py::arg("seconds"),
+        py::arg("threads"), release(), "1e9 exponentials a second");
+  m.def("measure_stream", [](int64_t b, double s, int t) { return cpu::kernels().measure_stream(b, s, t); },
+        py::arg("bytes"), py::arg("seconds"), py::arg("threads"), release(), "GB/s, read plus written");
+}
+
+void bind_kmeans(py::module_& m) {
+  m.def("kmeans_assign_workspace", [](int64_t problems, int64_t clusters, int64_t features, int threads) {
+    return cpu::kernels().kmeans_assign_workspace(problems, clusters, features, threads);
+  });
+  m.def(
+      "kmeans_assign",
+      [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
+         const Tensor& workspace, int threads) {
+        const cpu::Kernels& kernels = cpu::kernels();
+        threads = threads < 1 ? 1 : threads;
+        const int64_t size = centroids.dims == 3 ? kernels.kmeans_assign_workspace(centroids.shape[0], centroids.shape[1],
+                                                                                   centroids.shape[2], threads)
+                                                 : 0;
+        kernels.kmeans_assign(
+            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cpu), threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+#ifdef CLUSTOPS_WITH_CUDA
+  m.def(
+      "kmeans_assign_cuda",
+      [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
+         const Tensor& workspace, uintptr_t stream) {
+        const int64_t size = centroids.dims == 3 ? centroids.shape[0] * centroids.shape[1] : 0;
+        clustops::cuda::kmeans_assign(
+            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, m) {
+  m.doc() = "Kernels of clustops over DLPack tensors; clustops.native gives them to torch.";
+  bind_machine(m);
+  bind_kmeans(m);
+}

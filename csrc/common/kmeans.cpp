@@ -1,0 +1,21 @@
+#include "kmeans.h"
+
+namespace clustops {
+
+KMeansAssign kmeans_assign_arguments(const Tensor& x, const Tensor& centroids, const Tensor& labels,
+                                     const Tensor& distances, const Tensor& workspace, int64_t workspace_size,
+                                     Device device) {
+  expect_dims(x, "x", 3);
+  expect_dims(centroids, "centroids", 3);
+  const int64_t problems = x.shape[0], rows = x.shape[1], features = x.shape[2], clusters = centroids.shape[1];
+  expect(x, "x", DType::f32, device, {problems, rows, features}, 2);
+  expect(centroids, "centroids", DType::f32, device, {problems, clusters, features});
+  expect(labels, "labels", DType::i64, device, {problems, rows});
+  expect(distances, "distances", DType::f32, device, {problems, rows});
+  expect(workspace, "workspace", DType::f32, device, {workspace_size});
+  if (clusters < 1) throw std::invalid_argument("centroids must hold at least one row for each problem");
+  return {x.as<const float>(), centroids.as<const float>(), labels.as<int64_t>(), distances.as<float>(),
+          workspace.as<float>(), problems, rows, clusters, features, x.strides[0], x.strides[1]};
+}
+
+}  // namespace clustops

@@ -1,0 +1,136 @@
+// One vector type for each instruction set, so that a kernel is written once and compiled for each.
+// A source that includes this is compiled several times, with CLUSTOPS_ISA naming the set (and the namespace).
+// Everything here has internal linkage: two sets must never share a function through the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int kWidth = 16;
+  static constexpr int kRegisters = 32;
+  __m512 v;
+
+  static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  using Mask = __mmask16;
+  friend Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  void store_where(Mask m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
+  friend uint32_t equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+};
+
+inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
+
+// 2^n for integral n held in floats.
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int kWidth = 8;
+  static constexpr int kRegisters = 16;
+  __m256 v;
+
+  static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  using Mask = __m256;
+  friend Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  void store_where(Mask m, float* p) const { _mm256_storeu_ps(p, _mm256_blendv_ps(_mm256_loadu_ps(p), v, m)); }
+  friend uint32_t equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)); }
+};
+
+inline float reduce_max(Vec a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+inline float reduce_add(Vec a) {
+  __m128 m = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_add_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+
+inline Vec scale_by_power(Vec a, Vec n) {
+  const __m256i bias = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bias))};
+}
+inline Vec round_nearest(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+#else
+
+// Four lanes in the compiler's own vector type: SSE2 on x86-64, NEON on Arm.
+struct Vec {
+  static constexpr int kWidth = 4;
+#if defined(__aarch64__)
+  static constexpr int kRegisters = 32;
+#else
+  static constexpr int kRegisters = 16;
+#endif
+  typedef float Lanes __attribute__((vector_size(16)));
+  typedef int32_t Mask __attribute__((vector_size(16)));
+  Lanes v;
+
+  static Vec load(const float* p) {
+    Vec a;
+    std::memcpy(&a.v, p, sizeof a.v);
+    return a;
+  }
+  static Vec set1(float x) { return {Lanes{x, x, x, x}}; }
+  void store(float* p) const { std::memcpy(p, &v, sizeof v); }
+  friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+  friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  static uint32_t bits(Mask m) {
+#if defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(m)));
+#else
+    return (m[0] & 1) | (m[1] & 2) | (m[2] & 4) | (m[3] & 8);
+#endif
+  }
+  friend Mask greater(Vec a, Vec b) { return a.v > b.v; }
+  void store_where(Mask m, float* p) const { Vec{m ? v : load(p).v}.store(p); }
+  friend uint32_t equal(Vec a, Vec b) { return bits(a.v == b.v); }
+};
+
+inline float reduce_max(Vec a) {
+  float best = a.v[0];
+  for (int i = 1; i < 4; ++i) best = a.v[i] > best ? a.v[i] : best;
+  return best;
+}
+inline float reduce_add(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
+
+inline Vec scale_by_power(Vec a, Vec n) {
+  const Vec::Mask bias = (__builtin_convertvector(n.v, Vec::Mask) + 127) << 23;
+  Vec::Lanes power;
+  std::memcpy(&power, &bias, sizeof power);
+  return {a.v * power};
+}
+inline Vec round_nearest(Vec a) {
+  const Vec magic = Vec::set1(12582912.0f);  // 1.5 * 2^23: adding it drops the fraction
+  return (a + magic) - magic;
+}
+
+#endif
+
+}  // namespace

@@ -1,0 +1,102 @@
+// What this CPU can do at most: fused multiply-adds, exponentials, bytes.
+#include <chrono>
+#include <cstdlib>
+#include <initializer_list>
+
+#include "../common/parallel.h"
+#include "../common/simd.h"
+
+namespace clustops::cpu::CLUSTOPS_ISA {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// How often a second all threads together run `work`, which does one unit for a thread.
+template <class Work>
+double rate(double seconds, int threads, const Work& work) {
+  double best = 0;
+  const double end = now() + seconds;
+  do {
+    const double start = now();
+    parallel_for(threads, threads, [&](int64_t i, int) { work(i); });
+    const double speed = threads / (now() - start);
+    best = speed > best ? speed : best;
+  } while (now() < end);
+  return best;
+}
+
+// exp(x) for |x| < 87: 2^n times a polynomial of the fraction.
+inline Vec exponential(Vec x) {
+  const Vec n = round_nearest(fma(x, Vec::set1(1.44269504f), Vec::set1(0.0f)));
+  Vec r = fma(n, Vec::set1(-0.693359375f), x);
+  r = fma(n, Vec::set1(2.12194440e-4f), r);
+  Vec p = Vec::set1(8.3333333e-3f);
+  for (const float c : {4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) p = fma(p, r, Vec::set1(c));
+  return scale_by_power(p, n);
+}
+
+// Keeps a value alive without storing it.
+inline void keep(Vec& value) { asm volatile("" : "+x"(value.v)); }
+
+}  // namespace
+
+double measure_fma(double seconds, int threads) {
+  constexpr int kChains = Vec::kRegisters == 32 ? 24 : 12;
+  constexpr int kSteps = 1 << 16;
+  const double runs = rate(seconds, threads, [](int64_t) {
+    Vec chain[kChains];
+    Vec a = Vec::set1(0.999f), b = Vec::set1(1e-3f);
+    keep(a);
+    keep(b);
+#pragma GCC unroll 24
+    for (Vec& c : chain) keep(c = Vec::set1(1.0f));  // equal chains must not be merged into one
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 24
+      for (int c = 0; c < kChains; ++c) chain[c] = fma(chain[c], a, b);
+    }
+#pragma GCC unroll 24
+    for (Vec& c : chain) keep(c);
+  });
+  return runs * 2.0 * kChains * kSteps * Vec::kWidth * 1e-9;
+}
+
+double measure_exp(double seconds, int threads) {
+  constexpr int kChains = 8;
+  constexpr int kSteps = 1 << 14;
+  const double runs = rate(seconds, threads, [](int64_t) {
+    Vec x[kChains];
+    for (int c = 0; c < kChains; ++c) x[c] = Vec::set1(-0.1f * static_cast<float>(c));
+    for (int step = 0; step < kSteps; ++step) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kChains; ++c) {
+        Vec y = exponential(x[c]);
+        keep(y);
+      }
+      for (Vec& v : x) keep(v);
+    }
+  });
+  return runs * kChains * kSteps * Vec::kWidth * 1e-9;
+}
+
+double measure_stream(int64_t bytes, double seconds, int threads) {
+  const int64_t count = bytes / static_cast<int64_t>(sizeof(float)) / threads / Vec::kWidth * Vec::kWidth;
+  float* source = static_cast<float*>(std::malloc(sizeof(float) * count * threads));
+  float* target = static_cast<float*>(std::malloc(sizeof(float) * count * threads));
+  double speed = 0;
+  if (source && target) {
+    parallel_for(threads, threads, [&](int64_t t, int) {  // first touch by the thread that will use it
+      for (int64_t i = t * count; i < (t + 1) * count; ++i) source[i] = 1.0f, target[i] = 0.0f;
+    });
+    speed = rate(seconds, threads, [&](int64_t t) {
+      for (int64_t i = t * count; i < (t + 1) * count; i += Vec::kWidth) Vec::load(source + i).store(target + i);
+      asm volatile("" : : "r"(target) : "memory");
+    });
+  }
+  std::free(source);
+  std::free(target);
+  return speed * 2.0 * static_cast<double>(count) * sizeof(float) * 1e-9;
+}
+
+}  // namespace clustops::cpu::CLUSTOPS_ISA

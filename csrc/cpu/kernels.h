@@ -1,0 +1,26 @@
+// Every CPU kernel, once for each instruction set it is compiled for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../common/kmeans.h"
+
+namespace clustops::cpu {
+
+struct Kernels {
+  int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, int threads);
+  void (*kmeans_assign)(const KMeansAssign& problem, int threads);
+
+  // Ceilings of this machine, against which benchmarks hold a kernel.
+  double (*measure_fma)(double seconds, int threads);                    // GFLOP/s
+  double (*measure_exp)(double seconds, int threads);                    // 1e9 exponentials a second
+  double (*measure_stream)(int64_t bytes, double seconds, int threads);  // GB/s, read plus written
+};
+
+const Kernels& kernels();
+std::string instruction_set();
+std::vector<std::string> instruction_sets();  // those that this CPU can run, the best first
+void use_instruction_set(const std::string& name);
+
+}  // namespace clustops::cpu
