@@ -13,6 +13,7 @@ from .distributed import Group, check_group
 from .reference import sinkhorn_ops as reference
 from .sinkhorn_solve import (
     as_problems,
+    check_bound,
     check_potentials,
     check_scores,
     check_settings,
@@ -299,6 +300,7 @@ def _solve_checked(
     check_settings(epsilon, n_iters, relax, mass, tol, bound)
     weights = None if weights is None else row_weights(to_tensor(weights, "weights"), scores, group)
     check_scores(scores, "scores", group, weights)
+    check_bound(scores, weights, bound)
     prior = None if prior is None else prior_row(to_tensor(prior, "prior"), scores)
     if init is not None:
         init = prototype_row(to_tensor(init, "init"), "init", scores, virtual=mass is not None)

@@ -75,6 +75,16 @@ def check_settings(
         check_positive(bound, "bound", "pass the largest |score|, 1 for unit vectors, or None")
 
 
+def check_bound(scores: Tensor, weights: Tensor | None, bound: float | None) -> None:
+    """Raise if a counted score is larger than was promised, beyond rounding, where values are checked."""
+    if bound is None or scores.numel() == 0 or not values_are_checked(scores):
+        return
+    size = scores.detach().abs().amax(-1)
+    largest = float((size if weights is None else size.masked_fill(weights == 0, 0)).max())
+    if largest > 1.01 * bound:
+        reject("bound", f"at least the largest |score|, {largest}", bound, "raise it, or pass None")
+
+
 def as_problems(scores: Tensor) -> Tensor:
     """``[..., B, K]`` as ``[P, B, K]``."""
     return scores.unsqueeze(0) if scores.ndim == 2 else scores.flatten(end_dim=-3)

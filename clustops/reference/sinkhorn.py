@@ -190,9 +190,8 @@ def _potentials(
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
-    weighted = losses if weights is None else weights * losses
+    weights = losses.new_ones(()) if weights is None else weights.to(losses.dtype)
+    weighted = weights * losses
     if reduction == "none":
         return weighted
-    if reduction == "sum":
-        return weighted.sum()
-    return weighted.mean() if weights is None else weighted.sum() / weights.expand(losses.shape).sum()
+    return weighted.sum() if reduction == "sum" else weighted.sum() / weights.expand(losses.shape).sum()
