@@ -73,6 +73,7 @@ def check_confidence(confidence: Tensor | None, features: Tensor) -> Tensor | No
     if confidence is None:
         return None
     checks.check_floating(confidence, "confidence")
+    confidence = confidence.detach()
     check_per_sample(confidence, "confidence", features)
     checks.check_finite(confidence, "confidence")
     if checks.values_are_checked(confidence) and confidence.numel():
@@ -80,7 +81,7 @@ def check_confidence(confidence: Tensor | None, features: Tensor) -> Tensor | No
         if low < 0 or high > 1:
             value = low if low < 0 else high
             checks.reject("confidence", "in [0, 1]", value, "pass probabilities, as pseudo_labels gives them")
-    return confidence.detach()
+    return confidence
 
 
 def check_threshold(threshold: float | None) -> float:
@@ -89,7 +90,7 @@ def check_threshold(threshold: float | None) -> float:
         return -math.inf
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         checks.reject("threshold", "a number or None", type(threshold).__name__, "0.9 is usual", TypeError)
-    if math.isnan(threshold):
+    if not -math.inf <= threshold <= math.inf:
         checks.reject("threshold", "a number or None", threshold, "pass None to switch it off")
     return float(threshold)
 

@@ -66,16 +66,18 @@ def weighted_contrastive_loss(
         # fp32, for gradients are summed over ranks.
         wide = views if views.dtype == torch.float64 else views.float()
         views, first = _RowsOfAllRanks.apply(wide, group)
-    _check_pair_weights(pair_weights, features, views)
+    pair_weights = _check_pair_weights(pair_weights, features, views)
     rows, _, weight = torch.ops.clustops.weighted_contrastive_rows(
-        views, pair_weights.detach(), first, temperature, normalize
+        views, pair_weights, first, temperature, normalize
     )
     loss = reduce_rows(rows, weight, factor, weights, no_positive, reduction, group)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
-def _check_pair_weights(pair_weights: Tensor, features: Tensor, views: Tensor) -> None:
+def _check_pair_weights(pair_weights: Tensor, features: Tensor, views: Tensor) -> Tensor:
+    """``pair_weights``, detached."""
     checks.check_floating(pair_weights, "pair_weights")
+    pair_weights = pair_weights.detach()
     expected = (features.shape[0], views.shape[0])
     if pair_weights.ndim != 2 or pair_weights.shape != expected:
         checks.reject(
@@ -90,6 +92,7 @@ def _check_pair_weights(pair_weights: Tensor, features: Tensor, views: Tensor) -
         least = float(pair_weights.min())
         if least < 0:
             checks.reject("pair_weights", "at least 0", least, "clamp them: pair_weights.clamp(min=0)")
+    return pair_weights
 
 
 class _RowsOfAllRanks(torch.autograd.Function):

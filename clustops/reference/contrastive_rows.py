@@ -55,7 +55,7 @@ def contrastive_rows(
         weight, pull = _total_weight(z, *classes)[anchors], _positives(z, *classes)[anchors]
         lse = log_partition(z, first, count, temperature)
         mean = (z[anchors] * pull).sum(-1) / (temperature * weight)
-        return torch.where(weight > 0, lse - mean, 0).to(z.dtype), lse, weight[:, 0].contiguous()
+        return torch.where(weight > 0, lse - mean, 0).to(z.dtype), lse, weight[:, 0].clone()
 
 
 def contrastive_rows_backward(
