@@ -126,9 +126,8 @@ void bind_kmeans(py::module_& m) {
       "kmeans_assign_cuda",
       [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
          const Tensor& workspace, uintptr_t stream) {
-        const int64_t size = centroids.dims == 3 ? centroids.shape[0] * centroids.shape[1] : 0;
         clustops::cuda::kmeans_assign(
-            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cuda),
+            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, 0, Device::cuda),
             reinterpret_cast<void*>(stream));
       },
       py::call_guard<py::gil_scoped_release>());

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 
 LIBRARY = torch.library.Library("clustops", "DEF")
 
@@ -64,6 +65,11 @@ def register(
         torch.library.register_autograd(
             f"clustops::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
+
+
+def view(tensor: torch.Tensor) -> Any:
+    """``tensor`` as the extension takes it: a DLPack capsule, which shares its memory."""
+    return torch.utils.dlpack.to_dlpack(tensor)
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:

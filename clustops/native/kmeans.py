@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import register
+from . import extension, register, view
 
 
 def _fake(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -15,10 +15,45 @@ def _fake(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype)
 
 
+def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows as fp32 with neighbouring features (at any stride otherwise), and room for the result."""
+    x = x.float()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    labels = x.new_empty(x.shape[:2], dtype=torch.int64)
+    return x, centroids.float().contiguous(), labels, x.new_empty(x.shape[:2])
+
+
+def _cpu(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    if top != 1 or x.dtype == torch.float64:
+        return ops.assign_l2(x, centroids, top)
+    x, centroids, labels, distances = _prepare(x, centroids)
+    threads = torch.get_num_threads()
+    workspace = x.new_empty(extension.kmeans_assign_workspace(*centroids.shape, threads))
+    extension.kmeans_assign(
+        view(x), view(centroids), view(labels), view(distances), view(workspace), threads
+    )
+    return labels.unsqueeze(-1), distances.unsqueeze(-1)
+
+
+def _cuda(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    if top != 1 or x.dtype == torch.float64:
+        return ops.assign_l2(x, centroids, top)
+    x, centroids, labels, distances = _prepare(x, centroids)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        extension.kmeans_assign_cuda(
+            view(x), view(centroids), view(labels), view(distances), view(x.new_empty(0)), stream
+        )
+    return labels.unsqueeze(-1), distances.unsqueeze(-1)
+
+
 register(
     "kmeans_assign(Tensor x, Tensor centroids, int top) -> (Tensor labels, Tensor distances)",
     reference=ops.assign_l2,
     fake=_fake,
+    cpu=_cpu if hasattr(extension, "kmeans_assign") else None,
+    cuda=_cuda if hasattr(extension, "kmeans_assign_cuda") else None,
 )
 
 

@@ -13,6 +13,9 @@ KMeansAssign kmeans_assign_arguments(const Tensor& x, const Tensor& centroids, c
   expect(labels, "labels", DType::i64, device, {problems, rows});
   expect(distances, "distances", DType::f32, device, {problems, rows});
   expect(workspace, "workspace", DType::f32, device, {workspace_size});
+  for (const Tensor* tensor : {&centroids, &labels, &distances, &workspace}) {
+    if (tensor->device_index != x.device_index) throw std::invalid_argument("all tensors must be on the device of x");
+  }
   if (clusters < 1) throw std::invalid_argument("centroids must hold at least one row for each problem");
   return {x.as<const float>(), centroids.as<const float>(), labels.as<int64_t>(), distances.as<float>(),
           workspace.as<float>(), problems, rows, clusters, features, x.strides[0], x.strides[1]};

@@ -1,6 +1,7 @@
 // The arguments of the k-means kernels, checked once for CPU and CUDA alike.
 #pragma once
 
+#include "host_device.h"
 #include "tensor.h"
 
 namespace clustops {
@@ -11,12 +12,14 @@ struct KMeansAssign {
   const float* centroids;  // [problems, clusters, features]
   int64_t* labels;         // [problems, rows]
   float* distances;        // [problems, rows]
-  float* workspace;        // kmeans_assign_workspace() floats
+  float* workspace;        // kmeans_assign_workspace() floats; none on a GPU
   int64_t problems, rows, clusters, features;
   int64_t problem_stride, row_stride;  // of x, in elements
 
-  const float* row(int64_t b, int64_t n) const { return x + b * problem_stride + n * row_stride; }
-  const float* centroid(int64_t b, int64_t k) const { return centroids + (b * clusters + k) * features; }
+  CLUSTOPS_HOST_DEVICE const float* row(int64_t b, int64_t n) const { return x + b * problem_stride + n * row_stride; }
+  CLUSTOPS_HOST_DEVICE const float* centroid(int64_t b, int64_t k) const {
+    return centroids + (b * clusters + k) * features;
+  }
 };
 
 KMeansAssign kmeans_assign_arguments(const Tensor& x, const Tensor& centroids, const Tensor& labels,

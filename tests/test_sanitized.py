@@ -1,0 +1,120 @@
+"""Kernels outside Python under the address, undefined-behaviour and thread sanitizers.
+
+CUDA kernels run here on the CPU, thread by thread (native/simt.h), in three orders of the threads of a block.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import generator, seeds
+from torch import Tensor
+
+from clustops.reference.kmeans_ops import assign_l2
+
+SOURCES = Path(__file__).parent / "native"
+COMPILER = shutil.which("g++")
+ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SETS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+
+def build(folder: Path, source: str, *flags: str) -> Path:
+    program = folder / source.removesuffix(".cpp")
+    command = [str(COMPILER), "-std=c++17", "-O1", "-g", "-w", "-pthread", f"-I{SOURCES}", *flags]
+    subprocess.run([*command, str(SOURCES / source), "-o", str(program)], check=True)
+    return program
+
+
+def runnable(name: str) -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return name == "baseline" or {"avx2": "avx2", "avx512": "avx512vl"}[name] in flags
+
+
+def assign(program: Path, x: Tensor, centroids: Tensor, option: int) -> tuple[Tensor, Tensor]:
+    b, n, d = x.shape
+    sizes = np.array([b, n, centroids.shape[1], d, option], dtype=np.int64)
+    data = sizes.tobytes() + x.numpy().tobytes() + centroids.numpy().tobytes()
+    run = subprocess.run([str(program)], input=data, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr.decode()
+    labels = np.frombuffer(run.stdout, np.int64, b * n).reshape(b, n)
+    distances = np.frombuffer(run.stdout, np.float32, b * n, offset=8 * b * n).reshape(b, n)
+    return torch.from_numpy(labels.copy()), torch.from_numpy(distances.copy())
+
+
+def check(program: Path, x: Tensor, centroids: Tensor, option: int) -> None:
+    labels, distances = assign(program, x, centroids, option)
+    expected_labels, expected = (t[..., 0] for t in assign_l2(x.double(), centroids.double(), 1))
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-4, atol=1e-6)
+    assert (labels == expected_labels).float().mean() >= 0.99 or x.shape[1] < 100
+
+
+def draw(b: int, n: int, k: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = generator(seed)
+    return torch.randn(b, n, d, generator=g), torch.randn(b, k, d, generator=g)
+
+
+@pytest.fixture(scope="module")
+def cuda_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("simt"), "kmeans.cpp", "-DCLUSTOPS_SIMT", *ADDRESS)
+
+
+@settings(max_examples=12)
+@given(
+    b=st.integers(0, 3),
+    n=st.sampled_from([1, 7, 63, 64, 65, 131]),
+    k=st.sampled_from([1, 5, 63, 64, 65, 129]),
+    d=st.sampled_from([0, 1, 15, 16, 17, 33]),
+    order=st.integers(0, 2),
+    seed=seeds,
+)
+def test_the_cuda_kernel_on_the_cpu_agrees_in_any_thread_order(
+    cuda_kernel: Path, b: int, n: int, k: int, d: int, order: int, seed: int
+) -> None:
+    check(cuda_kernel, *draw(b, n, k, d, seed), order)
+
+
+def test_the_cuda_kernel_on_the_cpu_breaks_ties_and_survives_nan(cuda_kernel: Path) -> None:
+    x, centroids = draw(1, 70, 40, 3, 0)
+    x[0, 5, 1] = torch.nan
+    labels, distances = assign(cuda_kernel, x, centroids.repeat(1, 3, 1), 2)
+    assert int(labels.max()) < 40
+    assert int(labels[0, 5]) == 0
+    assert bool(distances[0, 5].isnan())
+
+
+@pytest.fixture(scope="module", params=[name for name in SETS if runnable(name)])
+def cpu_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS]
+    return build(tmp_path_factory.mktemp(request.param), "kmeans.cpp", *flags)
+
+
+@settings(max_examples=12)
+@given(
+    b=st.integers(0, 3),
+    n=st.sampled_from([1, 7, 8, 9, 131, 515]),
+    k=st.sampled_from([1, 15, 17, 48, 49, 97]),
+    d=st.sampled_from([0, 1, 15, 16, 17, 33]),
+    seed=seeds,
+)
+def test_the_cpu_kernel_stays_in_bounds(cpu_kernel: Path, b: int, n: int, k: int, d: int, seed: int) -> None:
+    check(cpu_kernel, *draw(b, n, k, d, seed), 1)
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline"]
+    program = build(tmp_path, "kmeans.cpp", *flags)
+    check(program, *draw(2, 1100, 70, 9, 0), 4)
