@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from .arrays import like, to_tensor
-from .checks import check_choice, check_count, check_finite, check_floating, check_positive, reject, shape_of
+from .checks import check_choice, check_floating, check_positive, reject
 from .distributed import Group, check_group
 from .reference import sinkhorn_ops as reference
 from .sinkhorn_solve import (
+    Settings,
     as_problems,
     check_bound,
     check_potentials,
@@ -22,8 +23,6 @@ from .sinkhorn_solve import (
     row_weights,
     solve,
 )
-
-_MATRIX_LIMIT = 32
 
 
 def sinkhorn(
@@ -47,8 +46,8 @@ def sinkhorn(
 
     ``Q = softmax_k(s / epsilon + a)`` with the potentials ``a`` of :func:`sinkhorn_potentials`. Rows sum to
     1, or to the assigned share of the row with ``mass``. Equals the published loop that divides
-    ``exp(s / epsilon)`` by column sums, then by row sums, ``n_iters`` times; no finite score makes it
-    overflow.
+    ``exp(s / epsilon)`` by column sums, then by row sums, ``n_iters`` times, but is
+    finite wherever ``s / epsilon`` is.
 
     Args:
         scores: ``[..., B, K]``; leading dimensions are independent problems. fp32, bf16, fp16 or fp64, a
@@ -90,25 +89,16 @@ def sinkhorn(
         check_choice(gradient, "gradient", ("last_step", "unrolled"))
         if hard:
             reject("hard", "False with a gradient", hard, "a one-hot assignment has none: pass gradient=None")
-    problems, potentials = _solve_checked(
-        scores,
-        prior,
-        weights,
-        init,
-        group,
-        epsilon=epsilon,
-        n_iters=n_iters,
-        relax=relax,
-        mass=mass,
-        tol=tol,
-        differentiable=gradient == "unrolled",
-    )
-    assign = (
-        torch.ops.clustops.assign_from_potentials if gradient is None else reference.assign_from_potentials
-    )
-    if gradient is not None:
-        problems = as_problems(scores)
-    assignments = assign(problems, potentials, epsilon, hard, _output_dtype(dtype, scores)).view(scores.shape)
+    settings = Settings(epsilon, n_iters, relax, mass, tol)
+    potentials = _solve_checked(scores, prior, weights, init, group, settings, gradient == "unrolled")
+    problems, dtype = as_problems(scores), _output_dtype(dtype, scores)
+    if gradient is None:
+        assignments = torch.ops.clustops.assign_from_potentials(
+            problems.detach(), potentials, epsilon, hard, dtype
+        )
+    else:
+        assignments = reference.assign_from_potentials(problems, potentials, epsilon, hard, dtype)
+    assignments = assignments.view(scores.shape)
     if not return_potentials:
         return restore(assignments)
     return restore(assignments), restore(potentials.view(*scores.shape[:-2], -1))
@@ -185,19 +175,8 @@ def sinkhorn_potentials(
     restore = like(scores)
     scores = to_tensor(scores, "scores")
     check_floating(scores, "scores")
-    _, potentials = _solve_checked(
-        scores,
-        prior,
-        weights,
-        init,
-        group,
-        epsilon=epsilon,
-        n_iters=n_iters,
-        relax=relax,
-        mass=mass,
-        tol=tol,
-        bound=bound,
-    )
+    settings = Settings(epsilon, n_iters, relax, mass, tol, bound)
+    potentials = _solve_checked(scores, prior, weights, init, group, settings, False)
     return restore(potentials.view(*scores.shape[:-2], -1))
 
 
@@ -244,83 +223,29 @@ def assign_from_potentials(
     return restore(result.view(scores.shape))
 
 
-def sinkhorn_matrix(m: Tensor, *, n_iters: int = 20) -> Tensor:
-    """Tiny square matrices ``exp(m)`` made doubly stochastic by dividing columns, then rows, by their sums.
-
-    Rows sum to 1 exactly, columns as closely as ``n_iters`` allows. ``n_iters=0`` is a softmax of the rows.
-
-    Args:
-        m: ``[..., n, n]`` with ``1 <= n <= 32``, fp32, bf16, fp16 or fp64.
-        n_iters: number of divisions of columns and rows, at least 0.
-
-    Returns:
-        ``[..., n, n]`` in the dtype of ``m``, differentiable once.
-
-    Raises:
-        ValueError, TypeError: ``m`` is not a finite floating point ``[..., n, n]`` or ``n`` is above 32.
-
-    Cost: O(n_iters n^2) for each matrix, forward and backward; only ``m`` is kept for the backward pass. Sums
-    in fp32 (fp64 for fp64 input).
-
-    >>> sinkhorn_matrix(torch.tensor([[2.0, 0.0], [0.0, 2.0]]))
-    tensor([[0.8808, 0.1192],
-            [0.1192, 0.8808]])
-
-    Source: Sinkhorn and Knopp, "Concerning nonnegative matrices and doubly stochastic matrices", 1967.
-    """
-    check_floating(m, "m")
-    if m.ndim < 2 or m.shape[-1] != m.shape[-2] or m.shape[-1] == 0:
-        reject("m", "[..., n, n] with n of at least 1", shape_of(m), "pass square matrices")
-    if m.shape[-1] > _MATRIX_LIMIT:
-        cure = 'use sinkhorn(m, epsilon=1.0, gradient="unrolled")'
-        reject("m", f"[..., n, n] with n of at most {_MATRIX_LIMIT}", shape_of(m), cure)
-    check_count(n_iters, "n_iters", 0, "20 is usual; 0 is a softmax")
-    check_finite(m, "m")
-    result: Tensor = torch.ops.clustops.sinkhorn_matrix(as_problems(m), n_iters).view(m.shape)
-    return result
-
-
 def _solve_checked(
     scores: Tensor,
     prior: Any,
     weights: Any,
     init: Any,
     group: Group,
-    *,
-    epsilon: float,
-    n_iters: int,
-    relax: float | None,
-    mass: float | None,
-    tol: float | None,
-    bound: float | None = None,
-    differentiable: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The problems ``[P, B, K]`` and their potentials, after all checks."""
+    settings: Settings,
+    differentiable: bool,
+) -> Tensor:
+    """The potentials ``[P, K]`` or, with ``mass``, ``[P, K + 1]``, after all checks."""
     check_group(group)
-    check_settings(epsilon, n_iters, relax, mass, tol, bound)
+    check_settings(settings)
     weights = None if weights is None else row_weights(to_tensor(weights, "weights"), scores, group)
     check_scores(scores, "scores", group, weights)
-    check_bound(scores, weights, bound)
+    check_bound(scores, weights, settings.bound)
     prior = None if prior is None else prior_row(to_tensor(prior, "prior"), scores)
     if init is not None:
-        init = prototype_row(to_tensor(init, "init"), "init", scores, virtual=mass is not None)
+        init = prototype_row(to_tensor(init, "init"), "init", scores, virtual=settings.mass is not None)
         check_potentials(init, "init")
     problems = as_problems(scores if differentiable else scores.detach())
-    potentials = solve(
-        problems,
-        prior,
-        None if weights is None else weights.reshape(problems.shape[:-1]),
-        init,
-        group,
-        epsilon=epsilon,
-        n_iters=n_iters,
-        relax=relax,
-        mass=mass,
-        tol=tol,
-        bound=bound,
-        differentiable=differentiable,
-    )
-    return problems, potentials
+    if weights is not None:
+        weights = weights.reshape(problems.shape[:-1])
+    return solve(problems, prior, weights, init, group, settings, differentiable=differentiable)
 
 
 def _output_dtype(dtype: torch.dtype | None, scores: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from .checks import (
 )
 from .distributed import Group, all_reduce_sum, check_group, world_size
 from .sinkhorn_solve import (
+    Settings,
     as_problems,
     check_potentials,
     check_scores,
@@ -84,46 +85,32 @@ def swapped_prediction_loss(
     """
     check_group(group)
     check_positive(temperature, "temperature", "0.1 is usual")
-    check_settings(epsilon, n_iters, None, None, None, None)
+    settings = check_settings(Settings(epsilon, n_iters))
     check_choice(reduction, "reduction", _REDUCTIONS)
     check_floating(scores, "scores")
     if scores.ndim != 3 or scores.shape[0] < 2:
         reject(
-            "scores",
-            "[V, B, K] with at least 2 views",
-            shape_of(scores),
-            "stack the views: torch.stack(views)",
+            "scores", "[V, B, K] with at least 2 views", shape_of(scores), "stack views: torch.stack(views)"
         )
-    if weights is not None and isinstance(weights, Tensor) and weights.ndim != 1:
-        reject(
-            "weights",
-            f"[B] = [{scores.shape[1]}]",
-            shape_of(weights),
-            "pass one weight for all views of a sample",
-        )
-    rows = row_weights(weights, scores, group)
-    check_scores(scores, "scores", group, rows)
+    weights = row_weights(weights, scores[0], group)
+    check_scores(scores, "scores", group, weights)
     _check_views(assign_views, scores.shape[0])
     assigned = _take(scores.detach(), assign_views)
-    if potentials is not None:
-        if queue_scores is not None:
-            reject(
-                "queue_scores",
-                "None where potentials are given",
-                "both",
-                "the queue only serves to find potentials",
-            )
-        bias = prototype_row(potentials, "potentials", assigned).expand(assigned.shape[0], -1)
-        check_potentials(bias, "potentials")
+    if potentials is None:
+        seen, seen_weights = _with_queue(assigned, queue_scores, weights, group)
+        bias = solve(seen, None, seen_weights, None, group, settings)
+    elif queue_scores is not None:
+        reject(
+            "queue_scores",
+            "None where potentials are given",
+            "both",
+            "a queue only serves to find potentials",
+        )
     else:
-        seen, seen_weights = _with_queue(assigned, queue_scores, None if rows is None else rows[0], group)
-        bias = solve(seen, None, seen_weights, None, group, epsilon=epsilon, n_iters=n_iters)
+        bias = _bias(potentials, "potentials", assigned)
     pairs = [(v, a) for a, i in enumerate(assign_views) for v in range(scores.shape[0]) if v != i]
-    views, targets = zip(*pairs, strict=True)
-    losses, _, _ = torch.ops.clustops.soft_cross_entropy(
-        scores, assigned, bias, views, targets, temperature, epsilon
-    )
-    return _reduce(losses.mean(0), None if rows is None else rows[0], group, reduction)
+    losses = _losses(scores, assigned, bias, pairs, temperature, epsilon)
+    return _reduce(losses.mean(0), weights, group, reduction)
 
 
 def soft_cross_entropy(
@@ -180,47 +167,45 @@ def soft_cross_entropy(
     check_floating(scores, "scores")
     check_floating(target_scores, "target_scores")
     check_same_device(target_scores, "target_scores", scores, "scores")
-    if pairs is None:
-        if target_scores.shape != scores.shape:
-            reject(
-                "target_scores", f"{shape_of(scores)} like scores", shape_of(target_scores), "or pass pairs"
-            )
-        views: Sequence[int] = ()
-        targets: Sequence[int] = ()
-    else:
-        views, targets = _check_pairs(pairs, scores, target_scores)
-    if pairs is not None and weights is not None and isinstance(weights, Tensor) and weights.ndim != 1:
-        reject(
-            "weights",
-            f"[B] = [{scores.shape[1]}]",
-            shape_of(weights),
-            "pass one weight for all views of a sample",
-        )
-    rows = row_weights(weights, scores, None)
-    check_scores(scores, "scores", None, rows)
-    target_rows = rows if pairs is None or rows is None else rows[0].expand(target_scores.shape[:-1])
-    check_scores(target_scores, "target_scores", None, target_rows)
+    if pairs is not None:
+        _check_pairs(pairs, scores, target_scores)
+    elif target_scores.shape != scores.shape:
+        reject("target_scores", f"{shape_of(scores)} like scores", shape_of(target_scores), "or pass pairs")
+    weights = row_weights(weights, scores if pairs is None else scores[0], None)
+    check_scores(scores, "scores", None, weights)
+    check_scores(target_scores, "target_scores", None, weights)
     if bias is None:
         bias = target_scores.new_zeros(target_scores.shape[-1])
-    bias = prototype_row(bias, "bias", target_scores)
-    check_potentials(bias, "bias")
-    problems, target_problems = as_problems(scores), as_problems(target_scores.detach())
-    losses, _, _ = torch.ops.clustops.soft_cross_entropy(
-        problems,
-        target_problems,
-        bias.expand(target_problems.shape[0], -1),
-        views,
-        targets,
-        temperature,
-        target_temperature,
-    )
-    if pairs is None:
-        return _reduce(losses.view(scores.shape[:-1]), rows, None, reduction)
-    return _reduce(losses, None if rows is None else rows[0].expand(losses.shape), None, reduction)
+    bias = _bias(bias, "bias", target_scores)
+    targets = as_problems(target_scores.detach())
+    losses = _losses(as_problems(scores), targets, bias, pairs, temperature, target_temperature)
+    return _reduce(losses if pairs else losses.view(scores.shape[:-1]), weights, None, reduction)
+
+
+def _bias(row: Tensor, name: str, target_scores: Tensor) -> Tensor:
+    """``row`` as a checked ``[A, K]``, one for each target problem."""
+    row = prototype_row(row, name, target_scores)
+    check_potentials(row, name)
+    return row.expand(as_problems(target_scores).shape[0], -1)
+
+
+def _losses(
+    scores: Tensor,
+    target_scores: Tensor,
+    bias: Tensor,
+    pairs: Sequence[tuple[int, int]] | None,
+    temperature: float,
+    target_temperature: float,
+) -> Tensor:
+    views, targets = zip(*pairs, strict=True) if pairs else ((), ())
+    losses: Tensor = torch.ops.clustops.soft_cross_entropy(
+        scores, target_scores, bias, views, targets, temperature, target_temperature
+    )[0]
+    return losses
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str) -> Tensor:
-    """Reduce ``losses [..., B]``; rows of weight 0 leave no trace, NaN included."""
+    """Reduce ``losses [..., B]``; ``weights`` broadcast; a row of weight 0 leaves no trace, NaN included."""
     if weights is not None:
         losses = torch.where(weights > 0, weights * losses, 0)
     if reduction == "none":
@@ -228,8 +213,8 @@ def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str
     total = losses.sum()
     if reduction == "sum":
         return total
-    count = total.new_tensor(losses.numel()) if weights is None else weights.sum()
-    count = all_reduce_sum(count, group) / world_size(group)
+    counted = losses.detach().new_ones(losses.shape) if weights is None else weights.expand(losses.shape)
+    count = all_reduce_sum(counted.sum(), group) / world_size(group)
     return total / count.clamp_min(torch.finfo(count.dtype).tiny)
 
 
@@ -247,24 +232,19 @@ def _check_views(assign_views: Sequence[int], n_views: int) -> None:
             reject("assign_views", f"below V = {n_views}", view, "count views from 0")
 
 
-def _check_pairs(
-    pairs: Sequence[tuple[int, int]], scores: Tensor, target_scores: Tensor
-) -> tuple[Sequence[int], Sequence[int]]:
-    for name, tensor in (("scores", scores), ("target_scores", target_scores)):
-        if tensor.ndim != 3 or tensor.shape[1:] != scores.shape[1:]:
-            rows = f"B and K of scores, {shape_of(scores)}" if name == "target_scores" else "pairs"
-            reject(
-                name, f"[views, B, K] with {rows}", shape_of(tensor), "stack the views: torch.stack(views)"
-            )
+def _check_pairs(pairs: Sequence[tuple[int, int]], scores: Tensor, target_scores: Tensor) -> None:
+    if scores.ndim != 3:
+        reject("scores", "[V, B, K] with pairs", shape_of(scores), "stack the views: torch.stack(views)")
+    if target_scores.ndim != 3 or target_scores.shape[1:] != scores.shape[1:]:
+        expected = "[A, " + ", ".join(map(str, scores.shape[1:])) + "] with pairs"
+        reject("target_scores", expected, shape_of(target_scores), "stack the views: torch.stack(views)")
     if len(pairs) == 0:
         reject("pairs", "one or more (view, target)", "none", "pass None to compare row by row")
-    views, targets = (list(side) for side in zip(*pairs, strict=True))
-    for side, tensor in ((views, scores), (targets, target_scores)):
-        for index in side:
+    for pair in pairs:
+        for index, n in zip(pair, (scores.shape[0], target_scores.shape[0]), strict=True):
             check_count(index, "pairs", 0, "count views and targets from 0")
-            if index >= tensor.shape[0]:
-                reject("pairs", f"indices below {tensor.shape[0]}", index, "count views and targets from 0")
-    return views, targets
+            if index >= n:
+                reject("pairs", f"indices below {n}", index, "count views and targets from 0")
 
 
 def _take(scores: Tensor, views: Sequence[int]) -> Tensor:

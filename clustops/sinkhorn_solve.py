@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,15 +53,20 @@ def check_scores(scores: Tensor, name: str, group: Group, weights: Tensor | None
     check_finite(scores, name)
 
 
-def check_settings(
-    epsilon: float,
-    n_iters: int,
-    relax: float | None,
-    mass: float | None,
-    tol: float | None,
-    bound: float | None,
-) -> None:
+class Settings(NamedTuple):
+    """The scalar arguments, in the order in which the op takes them."""
+
+    epsilon: float
+    n_iters: int
+    relax: float | None = None
+    mass: float | None = None
+    tol: float | None = None
+    bound: float | None = None
+
+
+def check_settings(settings: Settings) -> Settings:
     """Raise unless the scalar arguments are in range."""
+    epsilon, n_iters, relax, mass, tol, bound = settings
     check_positive(epsilon, "epsilon", "0.05 is usual for cosine scores")
     check_count(n_iters, "n_iters", 0, "3 is usual; 0 is a softmax")
     if relax is not None and relax not in (0, math.inf):
@@ -73,6 +79,7 @@ def check_settings(
         check_positive(tol, "tol", "pass None to do all n_iters updates")
     if bound is not None:
         check_positive(bound, "bound", "pass the largest |score|, 1 for unit vectors, or None")
+    return settings
 
 
 def check_bound(scores: Tensor, weights: Tensor | None, bound: float | None) -> None:
@@ -100,12 +107,8 @@ def row_weights(weights: Tensor | None, scores: Tensor, group: Group) -> Tensor 
     check_same_device(weights, "weights", scores, "scores")
     rows = scores.shape[:-1]
     if weights.shape != rows and weights.shape != rows[-1:]:
-        reject(
-            "weights",
-            f"[B] = [{rows[-1]}] or [..., B] = {list(rows)}, one for each row of scores",
-            shape_of(weights),
-            "pass one weight for each sample",
-        )
+        expected = f"[B] = [{rows[-1]}]" + (f" or [..., B] = {list(rows)}" if len(rows) > 1 else "")
+        reject("weights", expected, shape_of(weights), "pass one weight for each row of scores")
     weights = weights.detach().to(reference.accumulator(scores.dtype))
     check_finite(weights, "weights")
     if values_are_checked(weights):
@@ -178,24 +181,17 @@ def solve(
     weights: Tensor | None,
     init: Tensor | None,
     group: Group,
+    settings: Settings,
     *,
-    epsilon: float,
-    n_iters: int,
-    relax: float | None = None,
-    mass: float | None = None,
-    tol: float | None = None,
-    bound: float | None = None,
     differentiable: bool = False,
 ) -> Tensor:
     """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``, of checked scores ``[P, B, K]``."""
-    if n_iters > 0 and relax is None:
+    if settings.n_iters > 0 and settings.relax is None:
         warn_if_starved(problems.shape[-1], problems.shape[-2], group)
     if group is not None:
-        return _solve_over_ranks(
-            problems, prior, weights, init, group, epsilon, n_iters, relax, mass, tol, bound, differentiable
-        )
+        return _solve_over_ranks(problems, prior, weights, init, group, settings, differentiable)
     function = reference.sinkhorn_potentials if differentiable else torch.ops.clustops.sinkhorn_potentials
-    result: Tensor = function(problems, prior, weights, init, epsilon, n_iters, relax, mass, tol, bound)
+    result: Tensor = function(problems, prior, weights, init, *settings)
     return result
 
 
@@ -205,12 +201,7 @@ def _solve_over_ranks(
     weights: Tensor | None,
     init: Tensor | None,
     group: Group,
-    epsilon: float,
-    n_iters: int,
-    relax: float | None,
-    mass: float | None,
-    tol: float | None,
-    bound: float | None,
+    settings: Settings,
     differentiable: bool,
 ) -> Tensor:
     """The same updates with the column masses of all ranks: one sum of the masses of all problems for each.
@@ -218,6 +209,7 @@ def _solve_over_ranks(
     A column maximum goes before the sum only where the masses have no known scale: in the first update
     (unless ``bound`` gives it), and with ``relax``.
     """
+    epsilon, n_iters, relax, mass, tol, bound = settings
     local = reference.column_log_mass if differentiable else torch.ops.clustops.sinkhorn_column_mass
     reduce = all_reduce_sum_differentiable if differentiable else all_reduce_sum
     balanced = relax is None or relax == math.inf
@@ -227,7 +219,7 @@ def _solve_over_ranks(
         normalized = init is not None or t > 0
         log_mass = local(problems, weights, potentials, epsilon, normalized)
         if t > 0 and balanced:
-            shift = log_prior
+            shift = log_prior  # after a balanced update no column is far from its share
         elif not normalized and bound is not None and 2 * bound / epsilon <= _WIDEST_FIXED_SHIFT:
             shift = torch.full_like(log_mass, bound / epsilon)
         else:

@@ -21,7 +21,8 @@ from torch import Tensor
 from clustops import sinkhorn_solve
 from clustops.checks import ClustopsWarning
 from clustops.reference import sinkhorn as reference
-from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_matrix, sinkhorn_potentials
+from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_potentials
+from clustops.sinkhorn_matrix import sinkhorn_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning")
 
@@ -521,7 +522,7 @@ def test_matrix_keeps_the_dtype_and_computes_in_single_precision() -> None:
     assert_close(result.detach(), sinkhorn_matrix(m.detach().double()), torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_loss", "sinkhorn_queue"])
+@pytest.mark.parametrize("name", ["sinkhorn", "sinkhorn_loss", "sinkhorn_matrix", "sinkhorn_queue"])
 def test_examples_in_the_documentation_run(name: str) -> None:
     module = __import__(f"clustops.{name}", fromlist=["_"])
     failed, ran = doctest.testmod(sys.modules.get(f"clustops.{name}", module))

@@ -10,10 +10,14 @@ import pytest
 import torch
 from support import assert_message
 
-from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_matrix, sinkhorn_potentials
+from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
+from clustops.sinkhorn_matrix import sinkhorn_matrix
 
 S = torch.eye(6, 4)
+TEXT: Any = "0.1"
+HALF: Any = 2.5
+LIST: Any = [1.0] * 6
 V = S.expand(3, 6, 4)
 
 
@@ -31,9 +35,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     (lambda: sinkhorn(S / 0), ValueError, ("scores", "finite", "mask these rows")),
     (lambda: sinkhorn(S, epsilon=0), ValueError, ("epsilon", "above 0", "got 0", "0.05")),
     (lambda: sinkhorn(S, epsilon=-1.0), ValueError, ("epsilon", "above 0", "got -1.0")),
-    (lambda: sinkhorn(S, epsilon="0.1"), TypeError, ("epsilon", "a number", "got str")),
+    (lambda: sinkhorn(S, epsilon=TEXT), TypeError, ("epsilon", "a number", "got str")),
     (lambda: sinkhorn(S, n_iters=-1), ValueError, ("n_iters", "at least 0", "got -1")),
-    (lambda: sinkhorn(S, n_iters=2.5), TypeError, ("n_iters", "an integer", "got 2.5")),
+    (lambda: sinkhorn(S, n_iters=HALF), TypeError, ("n_iters", "an integer", "got 2.5")),
     (lambda: sinkhorn(S, prior=torch.ones(5)), ValueError, ("prior", "[4]", "got [5]")),
     (lambda: sinkhorn(V, prior=torch.ones(2, 4)), ValueError, ("prior", "[4] or [3, 4]", "got [2, 4]")),
     (lambda: sinkhorn(S, prior=-torch.ones(4)), ValueError, ("prior", "at least 0", "got -1.0")),
@@ -104,7 +108,7 @@ BAD: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
         ValueError,
         ("weights", "[6]", "got [3, 6]"),
     ),
-    (lambda: swapped_prediction_loss(V, weights=[1.0] * 6), TypeError, ("weights", "a tensor", "got list")),
+    (lambda: swapped_prediction_loss(V, weights=LIST), TypeError, ("weights", "a tensor", "got list")),
     (
         lambda: swapped_prediction_loss(V, queue_scores=V),
         ValueError,
@@ -140,8 +144,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
     (lambda: soft(S, S, target_temperature=-0.1), ValueError, ("target_temperature", "above 0", "got -0.1")),
     (lambda: soft(V, V, pairs=[]), ValueError, ("pairs", "one or more", "got none")),
     (lambda: soft(V, V, pairs=[(0, 3)]), ValueError, ("pairs", "below 3", "got 3")),
-    (lambda: soft(S, S, pairs=[(0, 0)]), ValueError, ("scores", "[views, B, K]", "got [6, 4]")),
-    (lambda: soft(V, V[:, :5], pairs=[(0, 0)]), ValueError, ("target_scores", "[3, 6, 4]", "got [3, 5, 4]")),
+    (lambda: soft(S, S, pairs=[(0, 0)]), ValueError, ("scores", "[V, B, K]", "got [6, 4]")),
+    (lambda: soft(V, V[:, :5], pairs=[(0, 0)]), ValueError, ("target_scores", "[A, 6, 4]", "got [3, 5, 4]")),
 ]
 
 

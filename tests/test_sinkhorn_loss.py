@@ -90,6 +90,7 @@ def test_no_gradient_goes_through_the_targets() -> None:
     scores = cosine_scores(0, 2, 10, 4).requires_grad_()
     potentials = torch.zeros(4, dtype=double, requires_grad=True)
     swapped_prediction_loss(scores, potentials=potentials, assign_views=(0,)).backward()
+    assert scores.grad is not None
     assert (scores.grad[0] == 0).all()
     assert potentials.grad is None
     target, bias = scores.detach().clone().requires_grad_(), potentials

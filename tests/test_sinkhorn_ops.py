@@ -10,8 +10,9 @@ import torch
 from support import generator
 from torch import Tensor
 
-from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_matrix, sinkhorn_potentials
+from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
+from clustops.sinkhorn_matrix import sinkhorn_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning")
 
@@ -95,3 +96,19 @@ def test_traces_as_a_full_graph_without_recompiles_across_sizes(name: str) -> No
             result.square().sum().backward()
             expected.square().sum().backward()
             torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_on_a_gpu_nothing_waits_for_the_host_and_the_result_is_the_same(name: str) -> None:
+    scores = random(3, 67, 13)
+    expected = FUNCTIONS[name](scores)
+    on_device = scores.cuda()
+    FUNCTIONS[name](on_device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = FUNCTIONS[name](on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-5)

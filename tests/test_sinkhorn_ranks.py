@@ -60,9 +60,7 @@ def test_potentials_of_shards_are_those_of_the_whole_on_every_rank(world: int) -
     for name, settings in SETTINGS.items():
         whole = sinkhorn_potentials(scores, weights=weights, **settings)
         for result in results:
-            torch.testing.assert_close(
-                result[name], whole, rtol=1e-11, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(result[name], whole, rtol=1e-11, atol=1e-11)
             assert torch.equal(result[name], results[0][name]), name
 
 
@@ -71,6 +69,7 @@ def assignments_of_a_rank(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor
     upstream = shard(torch.arange(74.0, dtype=double).view(2, 37, 1), rank, world).sin()
     soft = sinkhorn(scores, epsilon=0.2, gradient="unrolled", group=dist.group.WORLD)
     (upstream * soft.square()).sum().backward()
+    assert scores.grad is not None
     return soft.detach(), sinkhorn(scores, hard=True, mass=0.5, group=dist.group.WORLD), scores.grad
 
 
@@ -79,6 +78,7 @@ def test_assignments_and_unrolled_gradients_of_shards_are_those_of_the_whole(wor
     scores = everything()[0].requires_grad_()
     soft = sinkhorn(scores, epsilon=0.2, gradient="unrolled")
     (torch.arange(74.0, dtype=double).view(2, 37, 1).sin() * soft.square()).sum().backward()
+    assert scores.grad is not None
     expected = soft.detach(), sinkhorn(scores, hard=True, mass=0.5), scores.grad
     results = run_ranks(world, assignments_of_a_rank)
     for parts, whole in zip(zip(*results, strict=True), expected, strict=True):
@@ -95,6 +95,7 @@ def loss_of_a_rank(rank: int, world: int, weighted: bool) -> tuple[Tensor, Tenso
         queue.push(shard(features, rank, world))
     loss = swapped_prediction_loss(scores, weights=weights, queue_scores=queue.share(), group=group)
     loss.backward()
+    assert scores.grad is not None
     return loss.detach(), scores.grad, queue.rows()
 
 
@@ -132,7 +133,7 @@ def collectives_of_a_rank(rank: int, world: int) -> dict[str, list[tuple[str, in
         seen.append(("max" if op == dist.ReduceOp.MAX else "sum", tensor.numel()))
         return original(tensor, op=op, **settings)
 
-    dist.all_reduce = counted
+    dist.all_reduce = counted  # type: ignore[assignment]
     result = {}
     for name in ("plain", "bound"):
         seen.clear()
