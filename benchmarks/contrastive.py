@@ -107,8 +107,9 @@ def supcon(m: int, d: int) -> Case:
 def batch(generator: torch.Generator, m: int, d: int) -> Inputs:
     """Unit rows in loose groups: the views of a sample are alike, the samples of a class a little."""
     n, device = m // VIEWS, generator.device
-    labels = torch.randint(CLASSES, (n,), generator=generator, device=device)
-    groups = torch.randn(CLASSES, d, generator=generator, device=device)
+    classes = min(CLASSES, n // 8)
+    labels = torch.randint(classes, (n,), generator=generator, device=device)
+    groups = torch.randn(classes, d, generator=generator, device=device)
     samples = groups[labels] + torch.randn(n, d, generator=generator, device=device)
     features = samples[:, None] + 0.5 * torch.randn(n, VIEWS, d, generator=generator, device=device)
     confidence = torch.rand(n, generator=generator, device=device)

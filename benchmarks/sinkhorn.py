@@ -180,7 +180,7 @@ def _potentials(inputs: Inputs) -> Run:
 
 
 def _swapped(inputs: Inputs) -> Run:
-    from clustops.sinkhorn import swapped_prediction_loss
+    from clustops.sinkhorn_loss import swapped_prediction_loss
 
     def loss(scores: Tensor) -> Tensor:
         value: Tensor = swapped_prediction_loss(

@@ -50,8 +50,8 @@ def verdict(document: dict[str, Any]) -> str:
     mode = document["modes"][0]["name"]
     rows = [(case, row) for case in document["cases"] for row in case["rows"]]
     reached = [(case, row, hit) for case, row in rows if (hit := reaches(case, row, mode)) is not None]
-    missed = [f"{case['name']}: {_against(row, mode)}" for case, row, hit in reached if not hit]
-    slower = [f"{case['name']}: {_against(row, mode)}" for case, row in rows if _loses(row, mode)]
+    missed = [_sentence(case, row, mode, aim=True) for case, row, hit in reached if not hit]
+    slower = [_sentence(case, row, mode) for case, row in rows if _loses(row, mode)]
     failed = [case["name"] for case in document["cases"] if case["failed"]]
     counts = f"targets met {len(reached) - len(missed)}, missed {len(missed)}; faster peers {len(slower)}"
     return "\n".join(
@@ -110,10 +110,12 @@ def _target(case: dict[str, Any], row: dict[str, Any], mode: str) -> str:
     return text if hit else f"{text} MISS"
 
 
-def _against(row: dict[str, Any], mode: str) -> str:
+def _sentence(case: dict[str, Any], row: dict[str, Any], mode: str, aim: bool = False) -> str:
     if row["name"] == OURS:
-        return seconds(row["timings"][mode]["seconds"])
-    return f"{_times(_ratio(row, mode))} {row['name']}"
+        reached = f"{seconds(row['timings'][mode]['seconds'])} of {seconds(case['target_seconds'])}"
+        return f"{case['name']}: {reached}"
+    target = f" of {row['target']:g}x" if aim else ""
+    return f"{case['name']}: {_times(_ratio(row, mode))}{target} {row['name']}"
 
 
 def _loses(row: dict[str, Any], mode: str) -> bool:

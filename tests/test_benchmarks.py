@@ -245,11 +245,12 @@ def test_peak_memory_counts_what_was_freed_again():
     assert 64e6 < peak < 128e6
 
 
-def test_one_thread_means_every_library():
+def test_a_thread_count_means_every_library():
     threadpoolctl = pytest.importorskip("threadpoolctl")
-    measure.set_threads(1)
-    assert torch.get_num_threads() == 1
-    assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info()} <= {1}
+    for threads in (2, 1):
+        measure.set_threads(threads)
+        assert torch.get_num_threads() == threads
+        assert {pool["num_threads"] for pool in threadpoolctl.threadpool_info()} == {threads}
 
 
 def test_the_quoted_pass_is_one_thread_of_cpu_time():
