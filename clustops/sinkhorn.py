@@ -1,4 +1,7 @@
-"""Sinkhorn assignment: a balanced soft assignment of rows to prototypes, as one potential per prototype."""
+"""Sinkhorn assignment: a balanced soft assignment of rows to prototypes, as one potential per prototype.
+
+The losses, the queue and the matrix projection have files of their own and are offered here too.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,9 @@ from .arrays import like, to_tensor
 from .checks import check_choice, check_floating, check_positive, reject
 from .distributed import Group, check_group
 from .reference import sinkhorn_ops as reference
+from .sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
+from .sinkhorn_matrix import sinkhorn_matrix
+from .sinkhorn_queue import FeatureQueue
 from .sinkhorn_solve import (
     Settings,
     as_problems,
@@ -23,6 +29,16 @@ from .sinkhorn_solve import (
     row_weights,
     solve,
 )
+
+__all__ = [
+    "FeatureQueue",
+    "assign_from_potentials",
+    "sinkhorn",
+    "sinkhorn_matrix",
+    "sinkhorn_potentials",
+    "soft_cross_entropy",
+    "swapped_prediction_loss",
+]
 
 
 def sinkhorn(
@@ -46,8 +62,8 @@ def sinkhorn(
 
     ``Q = softmax_k(s / epsilon + a)`` with the potentials ``a`` of :func:`sinkhorn_potentials`. Rows sum to
     1, or to the assigned share of the row with ``mass``. Equals the published loop that divides
-    ``exp(s / epsilon)`` by column sums, then by row sums, ``n_iters`` times, but is
-    finite wherever ``s / epsilon`` is.
+    ``exp(s / epsilon)`` by column sums, then by row sums, ``n_iters`` times,
+    but is finite wherever ``s / epsilon`` is.
 
     Args:
         scores: ``[..., B, K]``; leading dimensions are independent problems. fp32, bf16, fp16 or fp64, a
@@ -70,7 +86,7 @@ def sinkhorn(
         ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
             device.
 
-    Cost: ``n_iters + 1`` reads of the scores, one write. Sums in fp32 (fp64 for fp64 scores).
+    Cost: ``n_iters + 1`` passes over the scores. Sums in fp32 (fp64 for fp64 scores).
 
     >>> scores = torch.tensor([[0.9, 0.8], [0.9, 0.1], [0.9, 0.3], [0.9, 0.5]])
     >>> sinkhorn(scores, n_iters=100, hard=True)
@@ -162,7 +178,7 @@ def sinkhorn_potentials(
         ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
             device.
 
-    Cost: ``n_iters`` reads of the scores; no assignment is stored.
+    Cost: ``n_iters`` passes over the scores. Sums in fp32 (fp64 for fp64 scores).
 
     >>> scores = torch.tensor([[0.9, 0.8], [0.9, 0.1], [0.9, 0.3], [0.9, 0.5]])
     >>> a = sinkhorn_potentials(scores, n_iters=100)
@@ -205,7 +221,7 @@ def assign_from_potentials(
         ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
             device.
 
-    Cost: one read of the scores, one write.
+    Cost: one pass over the scores. Sums in fp32 (fp64 for fp64 scores).
 
     >>> assign_from_potentials(torch.tensor([[0.5, 0.5]]), torch.tensor([0.0, -9.0]), epsilon=0.05)
     tensor([[9.9988e-01, 1.2339e-04]])

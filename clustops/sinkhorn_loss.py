@@ -73,9 +73,9 @@ def swapped_prediction_loss(
         ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
             device.
 
-    Cost: ``n_iters`` reads of the assigned views and one of all views, then one in the backward pass. The
-    backward pass keeps the scores and O(V B) numbers. A queue, and ``assign_views`` that do not follow each
-    other, copy the assigned views.
+    Cost: ``n_iters`` passes over the assigned views and one over all views, then one in the backward pass,
+    for which the scores and O(V B) numbers are kept. A queue, and ``assign_views`` that do not follow
+    each other, copy the assigned views. Sums in fp32 (fp64 for fp64 scores).
 
     >>> swapped_prediction_loss(torch.eye(4).expand(2, 4, 4))
     tensor(0.0001)
@@ -152,8 +152,8 @@ def soft_cross_entropy(
         ValueError, TypeError: an argument is out of range, has a wrong shape or dtype, or lies on another
             device.
 
-    Cost: one read of both score tensors, forward and backward, which the backward pass keeps; no targets are
-    stored.
+    Cost: one pass over both score tensors forward, one backward; they are kept for the backward pass, the
+    targets are not. Sums in fp32 (fp64 for fp64 scores).
 
     >>> scores = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     >>> soft_cross_entropy(scores, scores, temperature=0.1, target_temperature=0.04)

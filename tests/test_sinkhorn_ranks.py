@@ -89,11 +89,11 @@ def loss_of_a_rank(rank: int, world: int, weighted: bool) -> tuple[Tensor, Tenso
     group = dist.group.WORLD
     scores, weights = everything()
     scores = shard(scores, rank, world).clone().requires_grad_()
-    weights = shard(weights[0], rank, world, 0) if weighted else None
+    mine = shard(weights[0], rank, world, 0) if weighted else None
     queue = FeatureQueue(16, N_PROTOTYPES, views=2, group=group, dtype=double)
     for features in queued():
         queue.push(shard(features, rank, world))
-    loss = swapped_prediction_loss(scores, weights=weights, queue_scores=queue.share(), group=group)
+    loss = swapped_prediction_loss(scores, weights=mine, queue_scores=queue.share(), group=group)
     loss.backward()
     assert scores.grad is not None
     return loss.detach(), scores.grad, queue.rows()
@@ -117,6 +117,7 @@ def test_mean_loss_and_averaged_gradient_of_ranks_are_those_of_the_joint_batch(
         scores, weights=weights[0] if weighted else None, queue_scores=queue.rows()
     )
     loss.backward()
+    assert scores.grad is not None
     losses, gradients, queues = zip(*run_ranks(world, loss_of_a_rank, weighted), strict=True)
     torch.testing.assert_close(torch.stack(losses).mean(), loss.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.cat(gradients, dim=1) / world, scores.grad, rtol=1e-10, atol=1e-14)
