@@ -138,7 +138,7 @@ def sums(x: Tensor, labels: Tensor, weights: Tensor, grid: Tensor, k: int) -> tu
         for part, values in zip(
             total, fold(_weighted(x[:, rows], weights[:, rows]), grid[:, :1], grid[:, 1:]), strict=True
         ):
-            part.index_add_(0, index, values.view(-1, d + 1))
+            part.index_add_(0, index, values.reshape(-1, d + 1))
         counts.index_add_(0, index, torch.ones_like(index))
     total = total.view(2, b, k + 1, d + 1)[:, :, :k].transpose(0, 1).contiguous()
     return total, counts.view(b, k + 1)[:, :k].contiguous()
