@@ -12,7 +12,6 @@ constexpr int kEach = 4;           // rows and centroids of one thread
 constexpr int kTile = kSide * kEach;
 constexpr int kStep = 16;          // features in shared memory at a time
 constexpr int kPad = 4;            // keeps the columns of a transposed store in different banks
-constexpr int64_t kMaxGrid = 1 << 20;
 
 // One tile of kTile rows starting at `first`, features [d0, d0 + kStep), transposed; zero past the ends.
 __device__ void load_tile(float (*tile)[kTile + kPad], const float* base, int64_t stride, int64_t first, int64_t rows,
@@ -106,7 +105,7 @@ void kmeans_assign(const KMeansAssign& a, void* stream) {
   const int64_t blocks = (a.rows + kTile - 1) / kTile;
   const int64_t units = a.problems * blocks;
   if (units == 0) return;
-  const unsigned grid = static_cast<unsigned>(units < kMaxGrid ? units : kMaxGrid);
+  const unsigned grid = static_cast<unsigned>(units < CLUSTOPS_MAX_GRID ? units : CLUSTOPS_MAX_GRID);
   CLUSTOPS_LAUNCH(assign, grid, kSide * kSide, stream, a, blocks);
 }
 

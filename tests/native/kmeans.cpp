@@ -3,6 +3,7 @@
 // stdin: int64 problems, rows, clusters, features, option; then x and centroids as fp32. stdout: labels, distances.
 // option: threads for the CPU kernel; order of the threads of a block (0, 1, 2) for the CUDA kernel.
 #include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #ifdef CLUSTOPS_SIMT
@@ -16,13 +17,13 @@ namespace {
 template <class T>
 std::vector<T> read(int64_t count) {
   std::vector<T> values(static_cast<std::size_t>(count));
-  if (std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(3);
+  if (count > 0 && std::fread(values.data(), sizeof(T), values.size(), stdin) != values.size()) std::exit(3);
   return values;
 }
 
 template <class T>
 void write(const std::vector<T>& values) {
-  std::fwrite(values.data(), sizeof(T), values.size(), stdout);
+  if (!values.empty()) std::fwrite(values.data(), sizeof(T), values.size(), stdout);
 }
 
 }  // namespace
