@@ -60,10 +60,10 @@ def ccssl_loss(
         no_positive: rows where w sums to 0 have loss and gradient 0. "zero" counts them in the mean, "ignore"
             does not, "raise" rejects them (and waits for the device to know).
         reduction: "mean" over rows, "sum", or "none".
-        group: process group whose ranks share one batch: each passes its samples, has their rows as anchors
-            and those of all ranks as positives and negatives. All ranks must run backward. The mean over
-            ranks of a scalar loss, and of its gradients, is that of one process with all samples, as
-            DistributedDataParallel wants it. "none" gives the rows of this rank, unscaled.
+        group: process group whose ranks share one batch: each passes its samples (any number, or none), has
+            their rows as anchors and those of all ranks as positives and negatives. All ranks must run
+            backward. The mean over ranks of a scalar loss, and of its gradients, is that of one process with
+            all samples, as DistributedDataParallel wants it. "none" gives this rank's rows, unscaled.
 
     Returns:
         A scalar; for "none" ``[N, V]`` (``[M]`` for ``[M, D]``). fp32, fp64 for fp64 features. Gradients go
@@ -89,7 +89,7 @@ def ccssl_loss(
     checks.check_choice(self_weight, "self_weight", ("one", "confidence"))
     own_confidence = self_weight == "confidence"
     views = check_features(features, group)
-    factor = check_options(temperature, base_temperature, no_positive, reduction)
+    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
     weights = check_weights(weights, views)
     options = (temperature, check_threshold(threshold), reweight, own_confidence, normalize)
     rows, weight = class_rows(
@@ -182,7 +182,7 @@ def info_nce_loss(
             "stack the views: torch.stack([view_1, view_2], dim=1)",
         )
     views = check_features(features, group)
-    factor = check_options(temperature, base_temperature, no_positive, reduction)
+    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
     weights = check_weights(weights, views)
     rows, weight = class_rows(views, None, None, (temperature, -math.inf, True, False, normalize), group)
     return reduce_rows(rows, weight, factor, weights, no_positive, reduction, group)

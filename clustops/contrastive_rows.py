@@ -33,15 +33,15 @@ def check_features(features: Tensor, group: Group) -> Tensor:
 
 def check_options(
     temperature: float, base_temperature: float | None, no_positive: str, reduction: str
-) -> float:
-    """The factor of the loss, temperature / base_temperature or 1."""
+) -> tuple[float, float]:
+    """The temperature, and the factor of the loss: temperature / base_temperature or 1."""
     checks.check_positive(temperature, "temperature", "0.07 to 0.5 are usual")
     checks.check_choice(no_positive, "no_positive", ("zero", "ignore", "raise"))
     checks.check_choice(reduction, "reduction", ("mean", "sum", "none"))
     if base_temperature is None:
-        return 1.0
+        return float(temperature), 1.0
     checks.check_positive(base_temperature, "base_temperature", "pass None for a factor of 1")
-    return temperature / base_temperature
+    return float(temperature), temperature / base_temperature
 
 
 def check_per_sample(tensor: Tensor, name: str, features: Tensor) -> None:

@@ -59,7 +59,7 @@ def weighted_contrastive_loss(
     Regularization", ICCV 2021.
     """
     views = check_features(features, group)
-    factor = check_options(temperature, base_temperature, no_positive, reduction)
+    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
     weights = check_weights(weights, views)
     first = 0
     if group is not None:

@@ -215,10 +215,14 @@ def _contingency(
     """Sizes of the clusters of a and of b, and (row, column, count) of the pairs that occur."""
     one, two = _labels(a, names[0]), _labels(b, names[1])
     if one.shape != two.shape:
-        reject(
-            "b", f"[N] with N = a.shape[0] = {one.shape[0]}", shape_of(two), "pass two labels of each sample"
-        )
-    check_same_device(two, "b", one, "a")
+        expected = f"[N] with N = {names[0]}.shape[0] = {one.shape[0]}"
+        reject(names[1], expected, shape_of(two), "pass two labels of each sample")
+    check_same_device(two, names[1], one, names[0])
+    for labels, name in ((one, names[0]), (two, names[1])):
+        if bool((labels < 0).any()):
+            reject(
+                name, ">= 0", int(labels.min()), "select the samples with a label first, in both arguments"
+            )
     _, row, rows = one.unique(return_inverse=True, return_counts=True)
     _, column, columns = two.unique(return_inverse=True, return_counts=True)
     width = columns.numel()
@@ -230,8 +234,6 @@ def _labels(labels: Any, name: str) -> Tensor:
     tensor = check_labels(to_tensor(labels, name), name).long()
     if tensor.numel() == 0:
         reject(name, "[N] with N >= 1", shape_of(tensor), "pass one label per sample")
-    if bool((tensor < 0).any()):
-        reject(name, ">= 0", int(tensor.min()), "select the samples with a label first, in both arguments")
     return tensor
 
 

@@ -139,15 +139,14 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
     def _probabilities(self) -> Tensor:
         return self._cumulative.diff().double() / float(self._cumulative[-1])
 
-    def _measure(self) -> None:
-        counts = self.offsets.diff()
+    def _measure(self, counts: Tensor) -> None:
         if self.cluster_weights is None:
             weights = draw_weights(counts, self.power)
         else:
             weights = given_weights(self.cluster_weights, counts)
         self._cumulative = torch.nn.functional.pad(weights.cumsum(0), (1, 0))
         self._epoch_bounds: tuple[int, Tensor] | None = None
-        self.order_size = self.members.numel() if self._given is None else int(self._given)
+        self.order_size = int(counts.sum()) if self._given is None else int(self._given)
 
     def _bounds(self) -> Tensor:
         if self._epoch_bounds is None or self._epoch_bounds[0] != self.epoch:

@@ -72,18 +72,17 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
         check_count(stop, "stop", start, "pass a number from start on")
         return self._take(torch.arange(start, stop))
 
-    def _measure(self) -> None:
-        self._clusters = self.offsets.diff().nonzero().flatten()
-        if self.clusters_per_batch > self._clusters.numel():
+    def _measure(self, counts: Tensor) -> None:
+        clusters = counts.nonzero().flatten()
+        if self.clusters_per_batch > clusters.numel():
             reject(
                 "clusters_per_batch",
-                f"at most the {self._clusters.numel()} clusters with samples",
+                f"at most the {clusters.numel()} clusters with samples",
                 self.clusters_per_batch,
                 "put fewer clusters in a batch",
             )
-        self.order_size = (
-            max(self.members.numel() // self.batch_size, 1) if self._given is None else int(self._given)
-        )
+        self._clusters = clusters
+        self.order_size = int(self._given or max(int(counts.sum()) // self.batch_size, 1))
 
     def _take(self, positions: Tensor) -> Tensor:
         result: Tensor = torch.ops.clustops.sampler_batches(

@@ -90,9 +90,9 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         largest = int(offsets.diff().max())
         if largest > _LARGEST_CLUSTER:
             reject("labels", f"at most {_LARGEST_CLUSTER} equal ones", largest, "split the cluster")
+        self._measure(offsets.diff())
         self.members, self.offsets = members, offsets
         self._hash: str | None = None
-        self._measure()
         self._start = self._consumed = 0
         self.num_samples = self._share(0)
         self.total_size = self.num_samples * self.num_replicas
@@ -181,8 +181,8 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         return (self.seed + 2**63) % 2**64 - 2**63
 
     @abstractmethod
-    def _measure(self) -> None:
-        """Set ``order_size`` and whatever depends on the table."""
+    def _measure(self, counts: Tensor) -> None:
+        """Set ``order_size`` and what else depends on cluster sizes; change nothing where they do not fit."""
 
     @abstractmethod
     def _take(self, positions: Tensor) -> Tensor:

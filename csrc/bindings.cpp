@@ -95,6 +95,7 @@ void bind_machine(py::module_& m) {
   m.def("instruction_set", &cpu::instruction_set, "The instruction set whose CPU kernels are in use.");
   m.def("instruction_sets", &cpu::instruction_sets, "Those that this CPU can run, the best first.");
   m.def("use_instruction_set", &cpu::use_instruction_set, "Take the kernels of another set: for tests.");
+  m.def("cuda_built", [] { return *CLUSTOPS_CUDA_ARCHS != '\0'; }, "Whether CUDA kernels are in this module.");
   m.def("cuda_archs", [] { return std::string(CLUSTOPS_CUDA_ARCHS); }, "What CUDA kernels were compiled for, or ''.");
   m.def("measure_fma", [](double s, int t) { return cpu::kernels().measure_fma(s, t); }, py::arg("seconds"),
         py::arg("threads"), release(), "GFLOP/s");

@@ -6,6 +6,7 @@ import doctest
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -256,6 +257,11 @@ def test_base_temperature_multiplies_the_loss() -> None:
     plain = ccssl_loss(EXAMPLE, LABELS, CONFIDENCE, temperature=0.14)
     scaled = ccssl_loss(EXAMPLE, LABELS, CONFIDENCE, temperature=0.14, base_temperature=0.07)
     assert scaled.item() == pytest.approx(2 * plain.item())
+
+
+def test_a_temperature_may_be_a_numpy_number() -> None:
+    loss = ccssl_loss(EXAMPLE, LABELS, CONFIDENCE, temperature=np.float32(0.5))
+    assert torch.equal(loss, ccssl_loss(EXAMPLE, LABELS, CONFIDENCE, temperature=0.5))
 
 
 def test_weights_multiply_the_losses_of_a_sample() -> None:

@@ -93,9 +93,10 @@ def contrastive_rows_backward(
         anchors = slice(first, first + count)
         grad = torch.where(weight > 0, grad, 0)
         share = torch.where(weight > 0, grad.to(_wide(z)) / weight, 0)[:, :, None]
-        attraction = (share * _positives(z, *classes) + _positives(share * z, *classes))[anchors]
+        attraction = _positives(z, *classes).mul_(share).add_(_positives(share * z, *classes))
+        attraction = attraction[anchors].to(z.dtype)
         repulsion = _repulsion(z, grad, lse, first, count, temperature)
-        dz = ((repulsion - attraction) / temperature).to(z.dtype)
+        dz = (repulsion - attraction) / temperature
         return through_norm(dz, features[anchors], z[anchors], normalize)
 
 
@@ -159,7 +160,7 @@ def _positives(x: Tensor, classes: Tensor, q: Tensor, own_weight: Tensor) -> Ten
     # index_put_ adds in a fixed order on every device, index_add_ does not.
     sums = torch.zeros_like(own).index_put_((classes,), q * own, accumulate=True)
     rest = q * (sums[classes] - q * own)
-    return rest[:, None] + own_weight * (own[:, None] - x)
+    return (own[:, None] - x).mul_(own_weight).add_(rest[:, None])
 
 
 def _total_weight(z: Tensor, classes: Tensor, q: Tensor, own_weight: Tensor) -> Tensor:

@@ -286,14 +286,15 @@ def cluster_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     chunks = labels.split(_LABELS_CHUNK)
     counts = torch.zeros(k, dtype=torch.int64, device=labels.device)
     for chunk in chunks:
-        counts += torch.bincount(chunk[chunk >= 0].long(), minlength=k)
+        chunk = chunk.long()
+        counts += torch.bincount(chunk[chunk >= 0], minlength=k)
     offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     dtype = torch.int32 if labels.numel() < 2**31 else torch.int64
     members = torch.empty(int(offsets[-1]), dtype=dtype, device=labels.device)
     filled, base = offsets[:-1].clone(), 0
     for chunk in chunks:
         ordered, index = torch.sort(chunk.long(), stable=True)
-        negative = int((chunk < 0).sum())
+        negative = int((ordered < 0).sum())
         ordered, index = ordered[negative:], index[negative:]
         counts = torch.bincount(ordered, minlength=k)
         rank = torch.arange(ordered.numel(), device=labels.device) - (counts.cumsum(0) - counts)[ordered]
