@@ -1,7 +1,7 @@
 """Builds clustops/native/_kernels with CMake and Ninja; without a C++ compiler the package is pure Python.
 
 CLUSTOPS_NATIVE=0        build no extension
-CLUSTOPS_CUDA=auto|0|1   auto (default): for the GPUs that are visible, if nvcc is found; 1: without a GPU; 0: never
+CLUSTOPS_CUDA=auto|0|1   auto (default): for the visible GPUs, if nvcc is found; 1: without a GPU; 0: never
 CLUSTOPS_CUDA_ARCHS      "80;90a": instead of those of the visible GPUs, or of the default list
 """
 
@@ -27,7 +27,12 @@ def find_compiler():
 
 def find_nvcc():
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, "nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [
+        os.environ.get("CUDACXX"),
+        f"{home}/bin/nvcc" if home else None,
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
+    ]
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
@@ -79,8 +84,12 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         compiler = find_compiler()
         if os.environ.get("CLUSTOPS_NATIVE", "1") == "0" or compiler is None:
-            reason = "no C++ compiler was found" if compiler is None else "CLUSTOPS_NATIVE=0"
-            write_build_info(target, native=False, cuda=False, cuda_archs=[], reason=f"{reason} at build time")
+            reason = (
+                "no C++ compiler was found when the package was built"
+                if compiler is None
+                else "CLUSTOPS_NATIVE=0"
+            )
+            write_build_info(target, native=False, cuda=False, cuda_archs=[], reason=reason)
             print(f"clustops: {reason}; installing without native kernels")
             return
         nvcc, archs, reason = choose_cuda()

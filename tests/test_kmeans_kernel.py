@@ -94,7 +94,8 @@ def test_labels_do_not_depend_on_threads_or_other_rows() -> None:
 @needs_extension
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("b", "n", "k", "d"), [(0, 3, 2, 2), (2, 0, 2, 2), (2, 3, 2, 0), (1, 1, 1, 1), (1, 513, 1, 3), (70000, 1, 2, 1)]
+    ("b", "n", "k", "d"),
+    [(0, 3, 2, 2), (2, 0, 2, 2), (2, 3, 2, 0), (1, 1, 1, 1), (1, 513, 1, 3), (70000, 1, 2, 1)],
 )
 def test_empty_and_single_sizes(b: int, n: int, k: int, d: int, device: str) -> None:
     x, centroids = torch.randn(b, n, d, device=device), torch.randn(b, k, d, device=device)
@@ -125,7 +126,10 @@ def test_any_layout_gives_the_same_labels(layout: str, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_equal_their_wider_twin(dtype: torch.dtype, device: str) -> None:
-    x, centroids = torch.randn(1, 50, 16, device=device).to(dtype), torch.randn(1, 7, 16, device=device).to(dtype)
+    x, centroids = (
+        torch.randn(1, 50, 16, device=device).to(dtype),
+        torch.randn(1, 7, 16, device=device).to(dtype),
+    )
     labels, distances = assign(x, centroids, 1)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expected = assign_l2(x.to(wide), centroids.to(wide), 1)

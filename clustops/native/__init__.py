@@ -9,16 +9,15 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils.dlpack
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 LIBRARY = torch.library.Library("clustops", "DEF")
 
 
-def _load() -> tuple[ModuleType | None, str]:
+def _load() -> tuple[Any, str]:
     if os.environ.get("CLUSTOPS_DISABLE_NATIVE", "0") == "1":
         return None, "switched off by CLUSTOPS_DISABLE_NATIVE=1"
     try:
@@ -69,7 +68,7 @@ def register(
 
 def view(tensor: torch.Tensor) -> Any:
     """``tensor`` as the extension takes it: a DLPack capsule, which shares its memory."""
-    return torch.utils.dlpack.to_dlpack(tensor)
+    return to_dlpack(tensor)
 
 
 def _no_second_derivative(name: str) -> Callable[..., Any]:

@@ -30,9 +30,7 @@ def _cpu(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     x, centroids, labels, distances = _prepare(x, centroids)
     threads = torch.get_num_threads()
     workspace = x.new_empty(extension.kmeans_assign_workspace(*centroids.shape, threads))
-    extension.kmeans_assign(
-        view(x), view(centroids), view(labels), view(distances), view(workspace), threads
-    )
+    extension.kmeans_assign(view(x), view(centroids), view(labels), view(distances), view(workspace), threads)
     return labels.unsqueeze(-1), distances.unsqueeze(-1)
 
 
