@@ -90,12 +90,13 @@ class CMakeBuild(build_ext):
                 else "CLUSTOPS_NATIVE=0"
             )
             write_build_info(target, native=False, cuda=False, cuda_archs=[], reason=reason)
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # of an earlier build
             print(f"clustops: {reason}; installing without native kernels")
             return
         nvcc, archs, reason = choose_cuda()
         build = Path(self.build_temp).resolve() / "-".join(["cmake", *archs])
         configure = [
-            "cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
+            "cmake", "--fresh", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={self.pybind11_folder()}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
@@ -122,10 +123,11 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self):
         """An editable install runs from the source folder, so the build's report goes there too."""
-        super().copy_extensions_to_source()
         for ext in self.extensions:
             package = Path(*ext.name.split(".")[:-1])
+            (ROOT / package / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
             shutil.copy(Path(self.build_lib) / package / "build_info.json", ROOT / package)
+        super().copy_extensions_to_source()
 
 
 setup(

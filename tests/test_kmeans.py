@@ -19,10 +19,9 @@ from support import RTOL, assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustops import kmeans_rows
+from clustops import kmeans_rows, reference
 from clustops.checks import ClustopsWarning
 from clustops.kmeans import KMeansProgress, KMeansResult, kmeans, kmeans_assign
-from clustops.reference import kmeans as reference
 from clustops.reference.kmeans_ops import unit_rows
 
 metrics = st.sampled_from(["l2", "cosine"])
@@ -167,7 +166,9 @@ def test_clusters_one_rounding_apart_are_separated(offset: float) -> None:
 
 def test_equal_rows_leave_the_surplus_empty_and_say_so_once() -> None:
     x = torch.full((2, 10, 3), 0.1)
-    with pytest.warns(ClustopsWarning, match=r"2 problems.* 1 distinct rows for k = 4: 3 clusters") as raised:
+    with pytest.warns(
+        ClustopsWarning, match="problem 0 of x, the first of 2 .* 1 distinct rows for k = 4: 3 clusters"
+    ) as raised:
         found = kmeans(x, 4, max_iter=1000)
     assert len(raised) == 1
     assert found.n_empty.tolist() == [3, 3]

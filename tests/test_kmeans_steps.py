@@ -15,8 +15,8 @@ from support import RTOL, assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from clustops import reference
 from clustops.kmeans import cluster_means, kmeans, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
-from clustops.reference import kmeans as reference
 from clustops.reference import kmeans_ops as ops
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -71,6 +71,13 @@ def test_no_rows_give_no_labels() -> None:
     means, counts = cluster_means(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), 2)
     assert means.tolist() == [[0, 0, 0]] * 2
     assert counts.tolist() == [0, 0]
+
+
+def test_a_label_without_rows_of_positive_weight_has_mean_zero() -> None:
+    x, labels = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 0, 1])
+    means, counts = cluster_means(x, labels, 3, weights=torch.tensor([0.0, 5.0, 0.0]))
+    assert means.tolist() == [[2.0], [0.0], [0.0]]
+    assert counts.tolist() == [2, 1, 0]
 
 
 def test_distances_far_from_the_origin_do_not_cancel() -> None:

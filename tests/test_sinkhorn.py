@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from support import assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 
-from clustops import sinkhorn_solve
+from clustops import reference, sinkhorn_solve
 from clustops.checks import ClustopsWarning
-from clustops.reference import sinkhorn as reference
 from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_matrix import sinkhorn_matrix
 

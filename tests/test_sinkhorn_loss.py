@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from support import assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 
-from clustops import sinkhorn_solve
+from clustops import reference, sinkhorn_solve
 from clustops.checks import ClustopsWarning
-from clustops.reference import sinkhorn as reference
 from clustops.sinkhorn import sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
 
