@@ -1,7 +1,8 @@
 """Ops for cluster-based self- and semi-supervised learning, for any PyTorch trainer.
 
-k-means that never returns an empty cluster, Sinkhorn assignment and the swapped-prediction loss, the class-aware
-contrastive loss, and balanced sampling over pseudo-labels. ``clustops.reference`` holds the plain PyTorch twin of each.
+k-means that never returns an empty cluster, Sinkhorn assignment and the swapped-prediction loss, the
+class-aware contrastive loss, and balanced sampling over pseudo-labels. ``clustops.reference`` holds the plain
+PyTorch twin of each.
 """
 
 from . import metrics, reference
