@@ -70,6 +70,14 @@ def test_queue_takes_part_in_the_assignment_only(b: int, k: int, n: int, seed: i
     torch.testing.assert_close(shared, written_out(scores, (0, 1), queue[:1].expand(2, -1, -1)))
 
 
+def test_rows_of_the_queue_count_fully_beside_weighted_samples() -> None:
+    scores, queue = cosine_scores(0, 2, 6, 4), cosine_scores(1, 2, 9, 4)
+    weights = torch.tensor([1, 2, 1, 0, 3, 1])
+    repeated = scores.repeat_interleave(weights, dim=1)
+    weighted = swapped_prediction_loss(scores, weights=weights, queue_scores=queue)
+    torch.testing.assert_close(weighted, written_out(repeated, (0, 1), queue))
+
+
 def test_given_potentials_replace_sinkhorn() -> None:
     scores = cosine_scores(0, 3, 20, 5)
     potentials = sinkhorn_potentials(scores[:2])

@@ -51,7 +51,8 @@ def test_views_have_a_queue_each() -> None:
 
 def test_a_checkpoint_resumes_to_the_same_rows() -> None:
     queue = FeatureQueue(5, 2)
-    queue.push(numbered(0, 7))
+    queue.push(numbered(0, 3))
+    queue.push(numbered(3, 4))
     file = io.BytesIO()
     torch.save(queue.state_dict(), file)
     file.seek(0)
