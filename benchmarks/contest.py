@@ -50,6 +50,7 @@ def run_case(case: Case, setting: Setting) -> CaseResult:
         torch.compiler.reset()  # else many cases reach the recompile limit, and peers fall back to eager
         runs = _build_all(result, sets, setting)
         measure.set_threads(mode.threads)  # again, for the libraries that building loaded
+        gc.collect()
         estimates = {}
         for name, built in list(runs.items()):
             try:

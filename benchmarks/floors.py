@@ -38,7 +38,7 @@ def measure_cpu(threads: int, seconds: float) -> Floors:
     """FMA, exp and stream rates by the extension's own loops, or by torch where it was not built."""
     from clustops.native import extension
 
-    stream_bytes = 1 << 28
+    stream_bytes = 1 << 26
     if extension is not None and hasattr(extension, "measure_fma"):
         rates = {
             "fp32": extension.measure_fma(seconds, threads) * 1e9,

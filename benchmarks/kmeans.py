@@ -27,8 +27,8 @@ def cases(suite: str) -> list[Case]:
     if suite == "quick":
         return [
             assign("Gaussian", gaussian, 20_000, 64, 200),
-            lloyd("mixture", mixture, 10_000, 64, 100, iterations=5),
-            lloyd("many Gaussian", gaussian, 256, 64, 16, b=8, iterations=5),
+            lloyd("mixture", mixture, 10_000, 64, 100, iterations=3),
+            lloyd("many Gaussian", gaussian, 256, 64, 16, b=8, iterations=3),
             seeding(10_000, 32, 16),
         ]
     if suite == "cpu":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import itertools
 import statistics
 import sys
@@ -138,7 +137,6 @@ def observe(run: Run, device: torch.device) -> Observation:
 
 def _reset_peak(device: torch.device) -> int | None:
     """Forget the peak so far; the bytes in use now, ``None`` where the system cannot say."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

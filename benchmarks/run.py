@@ -107,7 +107,7 @@ def _floors(setting: Setting) -> dict[str, Floors]:
     floors = {}
     for mode in setting.modes:
         set_threads(mode.threads)
-        floors[mode.name] = measure_cpu(mode.threads, 0.2 if setting.suite == "quick" else 1.0)
+        floors[mode.name] = measure_cpu(mode.threads, 0.1 if setting.suite == "quick" else 1.0)
     return floors
 
 
@@ -119,12 +119,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--op", nargs="+", choices=OPS, default=list(OPS), help="all by default")
     add("--peers", nargs="+", metavar="NAME", default=[], help="only peers whose name contains one of these")
     add("--threads", type=int, default=cores, help="of the wall-clock pass; 1 leaves it out")
-    add("--seconds", type=float, help="of timing, a case and pass: 0.5 in quick and 10 else by default")
+    add("--seconds", type=float, help="of timing, a case and pass: 0.3 in quick and 10 else by default")
     add("--minutes", type=float, default=600, help="no case starts after this many")
     add("--out", type=Path, default=RESULTS, help="folder of the JSON and PNG files")
     options = parser.parse_args(argv)
     if options.threads < 1:
         parser.error(f"--threads must be at least 1, got {options.threads}")
     if options.seconds is None:
-        options.seconds = 0.5 if options.suite == "quick" else 10.0
+        options.seconds = 0.3 if options.suite == "quick" else 10.0
     return options
