@@ -14,8 +14,8 @@ from . import kmeans_arguments as arguments
 from .checks import ClustopsWarning, check_choice, check_count, check_same_device, reject
 from .distributed import Group, all_reduce_sum, check_group, rank
 from .kmeans_init import plus_plus, random_rows
-from .kmeans_lloyd import Report, expand_tolerance, leading, lloyd
-from .kmeans_repair import settle
+from .kmeans_lloyd import Fit, Report, expand_tolerance, leading, lloyd
+from .kmeans_repair import Settled, settle
 from .kmeans_rows import Rows
 from .kmeans_steps import cluster_means, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
 from .reference.kmeans import KMeansProgress, KMeansResult
@@ -58,8 +58,7 @@ def kmeans(
 
     Lloyd's iteration ``labels_n = argmin_k ||x_n - c_k||^2``, ``c_k = sum_n w_n x_n / sum_n w_n`` over the
     rows of cluster ``k``, then a last assignment: labels, counts and inertia belong to the centroids
-    returned. No cluster is empty in the result if the problem has ``k`` distinct rows, unless
-    ``empty="keep"``.
+    returned. Unless ``empty="keep"``, no cluster is empty if the problem has ``k`` distinct rows.
 
     Args:
         x: ``[N, D]`` or ``[B, N, D]`` (B independent problems), fp32, fp64, bf16 or fp16. A tensor, a NumPy
@@ -83,12 +82,11 @@ def kmeans(
         precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
             may multiply. Today all of them compute distances directly in fp32 (fp64 for fp64 input).
         seed: of all random draws.
-        device: where to compute; default: where ``x`` lies. ``x`` itself is not moved: chunks of its rows
-            are.
-        group: process group over which the rows are sharded, ``x``, ``weights`` and ``labels`` being the
-            shard of this rank (any size, also none). All ranks pass the same other arguments.
-        callback: called after each iteration with a ``KMeansProgress``; of several restarts it shows the one
-            with the lowest inertia.
+        device: where to compute; default: where ``x`` lies. Chunks of ``x`` move there, never all of it.
+        group: process group over which the rows are sharded: ``x``, ``weights``, ``lengths`` and the labels
+            returned are those of this rank, which may have no row. Ranks agree on the other arguments.
+        callback: called after each iteration with a ``KMeansProgress``, of the restart with the lowest
+            inertia.
         progress: show a tqdm bar.
 
     Returns:
@@ -121,22 +119,7 @@ def kmeans(
     data = arguments.rows_of(x)
     _check_options(k, metric, init, n_init, max_iter, tol, empty, precision, seed, group)
     start = None if isinstance(init, str) else arguments.centroids_of(init, data, "init", k)
-    weights = arguments.weights_of(weights, data, group)
-    lengths = arguments.lengths_of(lengths, data, k, group)
-    if device is None:
-        for name, given in (("weights", weights), ("lengths", lengths), ("init", start)):
-            if given is not None:
-                check_same_device(given, name, data, "x")
-
-    rows = Rows(
-        arguments.batched(data, 3),
-        None if weights is None else arguments.batched(weights, 2),
-        lengths,
-        metric=metric,
-        device=None if device is None else torch.device(device),
-        group=group,
-    )
-    arguments.check_k(k, rows.n_total)
+    rows = _rows(data, k, weights, lengths, start, metric, device, group)
     restarts = n_init if start is None else 1
     if start is not None:
         centroids = arguments.batched(start, 3).to(rows.device, rows.dtype)
@@ -158,32 +141,57 @@ def kmeans(
             report=report,
         )
     rounds = 0 if empty == "keep" else _CAPTURED_ROUNDS if capturing else k
-    centroids, labels, distances, present, repaired = settle(
-        rows, fit.centroids, rounds=rounds, look=not capturing
-    )
-    inertia = rows.total(distances)
-
-    best = inertia.view(rows.batch, restarts).argmin(1) + restarts * torch.arange(
-        rows.batch, device=rows.device
-    )
-    labels = labels[best]
-    if lengths is not None:
-        inside = torch.arange(rows.n, device=rows.device) < lengths.to(rows.device).unsqueeze(1)
-        labels = torch.where(inside, labels, -1)
-    n_empty = (present[best] == 0).sum(1)
+    settled = settle(rows, fit.centroids, rounds=rounds, look=not capturing)
+    best = _best(rows, fit, settled)
     if empty != "keep" and not capturing:
-        _warn_of_surplus(n_empty, k)
-    found = (
-        centroids[best],
-        labels,
-        all_reduce_sum(count(labels, k), group),
-        inertia[best],
-        fit.n_iter[best],
-        fit.converged[best],
-        (fit.n_repaired + repaired)[best],
-        n_empty,
+        _warn_of_surplus(best.n_empty, k)
+    return KMeansResult(*(kind(t.squeeze(0) if data.ndim == 2 else t) for t in vars(best).values()))
+
+
+def _rows(
+    data: Tensor,
+    k: int,
+    weights: Any,
+    lengths: Any,
+    start: Tensor | None,
+    metric: str,
+    device: torch.device | str | None,
+    group: Group,
+) -> Rows:
+    weights = arguments.weights_of(weights, data, group)
+    lengths = arguments.lengths_of(lengths, data, k, group)
+    if device is None:
+        for name, given in (("weights", weights), ("lengths", lengths), ("init", start)):
+            if given is not None:
+                check_same_device(given, name, data, "x")
+    rows = Rows(
+        arguments.batched(data, 3),
+        None if weights is None else arguments.batched(weights, 2),
+        lengths,
+        metric=metric,
+        device=None if device is None else torch.device(device),
+        group=group,
     )
-    return KMeansResult(*(kind(t.squeeze(0) if data.ndim == 2 else t) for t in found))
+    arguments.check_k(k, rows.n_total)
+    return rows
+
+
+def _best(rows: Rows, fit: Fit, settled: Settled) -> KMeansResult:
+    """The restart of each problem with the lowest inertia."""
+    inertia = rows.total(settled.distances)
+    restarts = rows.copies(inertia)
+    best = inertia.view(-1, restarts).argmin(1) + restarts * torch.arange(rows.batch, device=rows.device)
+    labels = torch.where(rows.inside, settled.labels[best], -1)
+    return KMeansResult(
+        centroids=settled.centroids[best],
+        labels=labels,
+        counts=all_reduce_sum(count(labels, settled.centroids.shape[1]), rows.group),
+        inertia=inertia[best],
+        n_iter=fit.n_iter[best],
+        converged=fit.converged[best],
+        n_repaired=(fit.n_repaired + settled.n_repaired)[best],
+        n_empty=(settled.counts[best] == 0).sum(1),
+    )
 
 
 def _check_options(
@@ -220,10 +228,12 @@ def _warn_of_surplus(n_empty: Tensor, k: int) -> None:
         return
     problem = int(short.int().argmax())
     distinct = k - int(n_empty[problem])
-    where = "x" if n_empty.numel() == 1 else f"{int(short.sum())} problems, the first of them {problem}; it"
+    name = (
+        "x" if n_empty.numel() == 1 else f"problem {problem} of x, the first of {int(short.sum())} like it,"
+    )
     warnings.warn(
-        f"fewer distinct rows than clusters in {where} has {distinct} distinct rows for k = {k}: "
-        f"{k - distinct} clusters stay empty",
+        f"{name} has {distinct} distinct rows for k = {k}: {k - distinct} clusters stay empty; "
+        f"ask for fewer clusters",
         ClustopsWarning,
         stacklevel=3,
     )

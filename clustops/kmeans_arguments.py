@@ -66,8 +66,8 @@ def check_seed(seed: int) -> None:
         reject("seed", "an integer", repr(seed), "pass a plain integer", TypeError)
 
 
-def weights_of(weights: Any, x: Tensor, group: Group = None) -> Tensor | None:
-    """``weights`` as a tensor of the shape of the rows of ``x``, checked."""
+def weights_of(weights: Any, x: Tensor, group: Group = None, *, some: bool = True) -> Tensor | None:
+    """``weights`` as a tensor of the shape of the rows of ``x``, checked; ``some`` row must have one."""
     if weights is None:
         return None
     result = arrays.to_tensor(weights, "weights")
@@ -88,7 +88,7 @@ def weights_of(weights: Any, x: Tensor, group: Group = None) -> Tensor | None:
                 float(result.min()),
                 "drop rows with weight 0 instead of negative ones",
             )
-        if bool((all_reduce_sum(result.double().sum(-1), group) <= 0).any()):
+        if some and bool((all_reduce_sum(result.double().sum(-1), group) <= 0).any()):
             reject(
                 "weights", "above 0 for some row of each problem", "all 0", "give at least one row a weight"
             )

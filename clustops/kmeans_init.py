@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
+from .kmeans_select import integer_potential, ordinals, pick, top_rows
 from .reference.kmeans_ops import PLUS_PLUS, RANDOM_ROWS, draw
 
 
@@ -21,11 +22,11 @@ def random_rows(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
 
     Where a problem has fewer rows than that, its first choice fills up.
     """
-    position = rows.ordinals()
+    position = ordinals(rows)
     score = torch.stack([draw(seed, RANDOM_ROWS, r, 0, position) for r in range(restarts)], dim=1).flatten(
         0, 1
     )
-    index = rows.top_rows(torch.where(repeat(rows.weights, restarts) > 0, score, -torch.inf), k)
+    index = top_rows(rows, torch.where(repeat(rows.weights, restarts) > 0, score, -torch.inf), k)
     return rows.take(torch.where(index >= 0, index, index[:, :1]))
 
 
@@ -41,13 +42,13 @@ def plus_plus(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
     uniform = torch.stack([draw(seed, PLUS_PLUS, r, 0, position) for r in range(restarts)]).repeat(
         rows.batch, 1
     )
-    weight_only, _ = rows.integer_potential(torch.ones_like(repeat(rows.weights, restarts)))
-    index, _ = rows.pick(weight_only, uniform[:, :1])
+    weight_only, _ = integer_potential(rows, torch.ones_like(repeat(rows.weights, restarts)))
+    index, _ = pick(rows, weight_only, uniform[:, :1])
     first = rows.take(index)
     chosen, closest = [first], rows.assign(first)[1]
     for step in range(1, k):
-        potential, scale = rows.integer_potential(closest)
-        index, total = rows.pick(potential, uniform[:, step * t : (step + 1) * t])
+        potential, scale = integer_potential(rows, closest)
+        index, total = pick(rows, potential, uniform[:, step * t : (step + 1) * t])
         candidates = rows.take(index)
         after = rows.potentials(candidates, closest, scale)
         best = after.argmin(1).view(-1, 1, 1).expand(-1, 1, rows.d)

@@ -5,10 +5,13 @@ A cluster is empty when it has no row of positive weight.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
+from .kmeans_select import extreme_members, ordinals, top_rows
 from .reference.kmeans_ops import RELOCATE, SPLIT, draw, means_of
 
 # How far a split moves the two centroids, as a part of the way to the donor's farthest row.
@@ -26,16 +29,15 @@ def split(
     all of whose rows are equal has no such direction and is not drawn.
 
     Args:
-        labels, distances: ``[E, N]``, of the assignment that ``means [E, K, D]`` and ``counts [E, K]`` are
-            of.
+        labels, distances: ``[E, N]``, the assignment behind ``means [E, K, D]`` and ``counts [E, K]``.
         uniform: ``[E, K]`` in [0, 1), one number for each cluster that may be empty.
 
     Returns:
-        centroids ``[E, K, D]``; the child of each donor ``[E, K]``, or K; the donors' farthest rows ``[E,
-        K]``.
+        centroids ``[E, K, D]``, the child of each donor or K ``[E, K]``, and the index of each cluster's
+        farthest row ``[E, K]``.
     """
     k = counts.shape[1]
-    _, farthest = rows.extreme_members(distances, labels, k)
+    _, farthest = extreme_members(rows, distances, labels, k)
     direction = rows.take(farthest) - means
     divisible = (counts > 1) & (direction != 0).any(-1)
     tickets = torch.where(divisible, counts - 1, 0).cumsum(1)
@@ -66,10 +68,10 @@ def relocate(
         ``labels [E, N]``.
     """
     k = counts.shape[1]
-    _, keeper = rows.extreme_members(-distances, labels, k, last=True)
+    _, keeper = extreme_members(rows, -distances, labels, k, last=True)
     kept = keeper.gather(1, labels.clamp(min=0)) == rows.positions()
     valid = (repeat(rows.weights, rows.copies(labels)) > 0) & (labels >= 0)
-    index = rows.top_rows(torch.where(valid & ~kept & (distances > 0), score, -torch.inf), k)
+    index = top_rows(rows, torch.where(valid & ~kept & (distances > 0), score, -torch.inf), k)
     empty = empty_first(counts)
     used = (index >= 0) & (empty < k)
     cluster, index = torch.where(used, empty, k), torch.where(used, index, -1)
@@ -88,23 +90,30 @@ def move_sums(
     return sums - gone + come, counts - gone_counts + come_counts
 
 
-def settle(
-    rows: Rows, centroids: Tensor, *, rounds: int, look: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+class Settled(NamedTuple):
+    """The final centroids ``[E, K, D]`` and what belongs to them.
+
+    Labels and distances are ``[E, N]``, counts (rows of positive weight) ``[E, K]``, ``n_repaired`` ``[E]``.
+    """
+
+    centroids: Tensor
+    labels: Tensor
+    distances: Tensor
+    counts: Tensor
+    n_repaired: Tensor
+
+
+def settle(rows: Rows, centroids: Tensor, *, rounds: int, look: bool) -> Settled:
     """The final assignment, repaired until no cluster is empty that need not be.
 
     Each round the farthest rows, at most one of each cluster, become the centroids of empty clusters, and all
     rows are assigned anew. An empty cluster owns no row, so nothing moves away from its centroid, and each
-    round at least one more distinct row has a centroid exactly on it: after ``K`` rounds all have, at the
-    latest. With fewer distinct rows than clusters this ends with every row on a centroid and the surplus
-    empty.
+    round at least one more distinct row has a centroid exactly on it: no more than ``K`` rounds. With fewer
+    distinct rows than clusters this ends with every row on a centroid and the surplus empty.
 
     Args:
         rounds: at most so many; ``K`` always suffice.
         look: stop early, which asks the host.
-
-    Returns:
-        centroids, labels, distances, counts of rows of positive weight, and ``[E]`` how many were repaired.
     """
     k = centroids.shape[1]
     repaired = torch.zeros(centroids.shape[0], dtype=torch.int64, device=centroids.device)
@@ -113,7 +122,7 @@ def settle(
     for _ in range(rounds):
         if look and not bool((counts == 0).any()):
             break
-        best, farthest = rows.extreme_members(distances, labels, k)
+        best, farthest = extreme_members(rows, distances, labels, k)
         best, donor = torch.where(counts > 1, best, 0.0).sort(dim=1, descending=True, stable=True)
         empty = empty_first(counts)
         used = (best > 0) & (empty < k)
@@ -124,14 +133,14 @@ def settle(
         repaired = repaired + used.sum(1)
         labels, distances = rows.assign(centroids)
         counts = rows.count(labels, k)
-    return centroids, labels, distances, counts, repaired
+    return Settled(centroids, labels, distances, counts, repaired)
 
 
 def relocation_scores(rows: Rows, distances: Tensor, policy: str, seed: int, iteration: int) -> Tensor:
     """By what ``relocate`` chooses: the distance for ``"farthest"``, random numbers for ``"random"``."""
     if policy == "farthest":
         return distances
-    position = rows.ordinals()
+    position = ordinals(rows)
     restarts = rows.copies(distances)
     return torch.stack(
         [draw(seed, RELOCATE, r, iteration, position) for r in range(restarts)], dim=1
@@ -170,7 +179,7 @@ def split_rounds(
         to_child = rows.own_distances(its_child.clamp(max=k - 1), halves)
         margin = to_child - rows.own_distances(labels, halves)
         margin = torch.where(farthest.gather(1, labels.clamp(min=0)) == rows.positions(), -torch.inf, margin)
-        _, keeper = rows.extreme_members(margin, labels, k, last=True)
+        _, keeper = extreme_members(rows, margin, labels, k, last=True)
         stays = keeper.gather(1, labels.clamp(min=0)) == rows.positions()
         nearer = (margin < 0) | ((margin == 0) & (its_child < labels))
         labels = torch.where(asked & nearer & ~stays, its_child, labels)

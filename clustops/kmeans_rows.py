@@ -13,10 +13,9 @@ from torch import Tensor
 
 from .checks import reject, values_are_checked
 from .distributed import Group, all_gather_rows, all_reduce_max, all_reduce_sum, rank
-from .reference.kmeans_ops import accumulator, fold, integer_scale, to_integer, unit_rows, units
+from .reference.kmeans_ops import accumulator, fold, unit_rows, units
 
 _CHUNK = 1 << 24  # elements of x in one chunk where a chunk must be copied
-_NONE = torch.iinfo(torch.int64).min
 
 
 def repeat(tensor: Tensor, copies: int) -> Tensor:
@@ -51,21 +50,28 @@ class Rows:
         self.device = x.device if device is None else device
         self.dtype = accumulator(x.dtype)
         self.batch, self.n, self.d = x.shape
-        self.weights = self._effective(weights, lengths)
-        before, total = self._before(torch.full((1,), self.n, device=self.device))
-        self.offset, self.n_total = int(before), int(total)
+        self.inside = self._inside(lengths)
+        self.weights = self._effective(weights)
+        self.offset, self.n_total = self._place()
         self.n_valid = all_reduce_sum((self.weights > 0).sum(1), group)
         self.grid = units(all_reduce_max(self._bounds(), group), self.n_valid)
 
-    def _effective(self, weights: Tensor | None, lengths: Tensor | None) -> Tensor:
-        shape = (self.batch, self.n)
-        result = torch.ones((), dtype=torch.float64, device=self.device).expand(shape)
-        if weights is not None:
-            result = weights.to(self.device, torch.float64)
-        if lengths is not None:
-            inside = torch.arange(self.n, device=self.device) < lengths.to(self.device).unsqueeze(1)
-            result = torch.where(inside, result, 0.0)
-        return result
+    def _inside(self, lengths: Tensor | None) -> Tensor:
+        if lengths is None:
+            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.batch, self.n)
+        return torch.arange(self.n, device=self.device) < lengths.to(self.device).unsqueeze(1)
+
+    def _effective(self, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return self.inside.to(torch.float64)
+        return torch.where(self.inside, weights.to(self.device, torch.float64), 0.0)
+
+    def _place(self) -> tuple[int, int]:
+        """How many rows lie on the ranks before this one, and on all ranks."""
+        if self.group is None:
+            return 0, self.n
+        before, total = self.before(torch.full((1,), self.n, device=self.device))
+        return int(before), int(total)
 
     def _bounds(self) -> Tensor:
         bound = torch.zeros((self.batch, self.d + 1), dtype=torch.float64, device=self.device)
@@ -81,10 +87,16 @@ class Rows:
         part = part.to(self.device, non_blocking=True)
         return unit_rows(part) if self.metric == "cosine" else part.to(self.dtype)
 
-    def chunks(self, copies: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the rows and ``[B * copies, n, D]`` of them; the whole ``x`` where that needs no copy."""
+    def chunks(self, copies: int = 1, *, small: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the rows and ``[B * copies, n, D]`` of them; all of ``x`` where that needs no copy.
+
+        Args:
+            copies: entries for each problem.
+            small: never all of ``x``, because the caller makes something of its size.
+        """
         moves = self.x.device != self.device
-        copied = moves or self.metric == "cosine" or self.x.dtype != self.dtype or min(copies, self.batch) > 1
+        prepared = self.metric == "cosine" or self.x.dtype != self.dtype
+        copied = small or moves or prepared or min(copies, self.batch) > 1
         size = max(1, _CHUNK // (self.batch * copies * self.d)) if copied else max(1, self.n)
         slices = [slice(start, min(start + size, self.n)) for start in range(0, max(1, self.n), size)]
         if moves and self.device.type == "cuda":
@@ -141,7 +153,7 @@ class Rows:
     def own_distances(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """``||x_n - c_label(n)||^2`` for labels that need not be the nearest; ``[E, N]``."""
         parts = []
-        for rows, chunk in self.chunks(self.copies(labels)):
+        for rows, chunk in self.chunks(self.copies(labels), small=True):
             own = centroids.gather(1, labels[:, rows].clamp(min=0).unsqueeze(-1).expand(-1, -1, self.d))
             parts.append((chunk - own).square().sum(-1))
         return torch.cat(parts, 1)
@@ -158,7 +170,7 @@ class Rows:
         copies = self.copies(values)
         weights = repeat(self.weights, copies)
         weighted = torch.where(weights > 0, values.to(torch.float64) * weights, 0.0)
-        bound = all_reduce_max(_amax(weighted.abs()), self.group)
+        bound = all_reduce_max(largest(weighted.abs()), self.group)
         grid = units(bound, repeat(self.n_valid, copies))
         high, low = fold(weighted, grid[:, :1], grid[:, 1:])
         parts = all_reduce_sum(torch.stack([high.sum(1), low.sum(1)]), self.group)
@@ -194,59 +206,12 @@ class Rows:
         """The index of each row: ``[N]``."""
         return torch.arange(self.n, device=self.device) + self.offset
 
-    def ordinals(self) -> Tensor:
-        """How many rows of positive weight come before each row: ``[B, N]``."""
-        valid = (self.weights > 0).to(torch.int64)
-        before, _ = self._before(valid.sum(1))
-        return valid.cumsum(1) - valid + before.unsqueeze(1)
-
-    def _before(self, count: Tensor) -> tuple[Tensor, Tensor]:
+    def before(self, count: Tensor) -> tuple[Tensor, Tensor]:
         """Sums of ``count [E]`` over the ranks before this one and over all ranks."""
         if self.group is None:
             return torch.zeros_like(count), count
         gathered, _ = all_gather_rows(count.unsqueeze(0), self.group)
         return gathered[: rank(self.group)].sum(0), gathered.sum(0)
-
-    def extreme_members(
-        self, score: Tensor, labels: Tensor, k: int, *, last: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The highest ``score [E, N]`` in each cluster and the index of the first (or last) row that has it.
-
-        Returns:
-            ``[E, K]`` scores, -inf where a cluster has no row of positive weight, and indices, -1 there.
-        """
-        valid = (repeat(self.weights, self.copies(labels)) > 0) & (labels >= 0)
-        score = torch.where(valid, score, -torch.inf)
-        bucket = labels.clamp(min=0)
-        best = score.new_full((score.shape[0], k), -torch.inf).scatter_reduce(1, bucket, score, "amax")
-        best = all_reduce_max(best, self.group)
-        sign = 1 if last else -1
-        place = torch.where(valid & (score == best.gather(1, bucket)), sign * self.positions(), _NONE)
-        index = torch.full_like(best, _NONE, dtype=torch.int64).scatter_reduce(1, bucket, place, "amax")
-        index = all_reduce_max(index, self.group)
-        return best, torch.where(index == _NONE, -1, sign * index)
-
-    def top_rows(self, score: Tensor, m: int) -> Tensor:
-        """Indices ``[E, m]`` of the rows with the highest ``score [E, N]``, ties to the lowest index.
-
-        Rows of score -inf are not taken; -1 stands where fewer are left.
-        """
-        best, order = score.sort(dim=1, descending=True, stable=True)
-        best, order = best[:, :m].T, (order[:, :m] + self.offset).T
-        best, _ = all_gather_rows(best.contiguous(), self.group)
-        order, _ = all_gather_rows(order.contiguous(), self.group)
-        best, again = best.sort(dim=0, descending=True, stable=True)
-        index = torch.where(best > -torch.inf, order.gather(0, again), -1)[:m].T
-        return torch.nn.functional.pad(index, (0, m - index.shape[1]), value=-1)
-
-    def integer_potential(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``w_n v_n`` as integers ``[E, N]`` whose sum stays below 2^62, and their scale ``[E]``."""
-        copies = self.copies(values)
-        weights = repeat(self.weights, copies)
-        weighted = torch.where(weights > 0, values.to(torch.float64) * weights, 0.0)
-        bound = all_reduce_max(_amax(weighted), self.group)
-        scale = integer_scale(bound, repeat(self.n_valid, copies))
-        return to_integer(values, weights, scale), scale
 
     def potentials(self, candidates: Tensor, closest: Tensor, scale: Tensor) -> Tensor:
         """The integer potential with each of ``candidates [E, T, D]`` added to the centroids: ``[E, T]``."""
@@ -259,27 +224,8 @@ class Rows:
             )
         return all_reduce_sum(result, self.group)
 
-    def pick(self, potential: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw rows with probability proportional to the integer ``potential [E, N]``.
 
-        Args:
-            potential: from ``integer_potential``.
-            uniform: ``[E, m]`` in [0, 1).
-
-        Returns:
-            ``[E, m]`` indices, -1 where the potential is all zero, and the total potential ``[E]``.
-        """
-        before, total = self._before(potential.sum(1))
-        target = (uniform * total.unsqueeze(1)).to(torch.int64).minimum(total.unsqueeze(1) - 1)
-        cumulative = potential.cumsum(1)
-        local = target - before.unsqueeze(1)
-        place = torch.searchsorted(cumulative, local, right=True)
-        owned = (local >= 0) & (place < self.n)
-        index = torch.where(owned, place + self.offset, -1)
-        return all_reduce_max(index, self.group), total
-
-
-def _amax(values: Tensor) -> Tensor:
+def largest(values: Tensor) -> Tensor:
     """Largest of each row of ``[E, N]`` and 0."""
     return torch.nn.functional.pad(values, (0, 1)).amax(1)
 

@@ -99,7 +99,7 @@ def cluster_means(x: Any, labels: Any, k: int, *, weights: Any = None) -> tuple[
     check_finite(rows, "x")
     check_count(k, "k", 1, "ask for one cluster or more")
     index = arguments.labels_of(labels, rows, k)
-    given = arguments.weights_of(weights, rows)
+    given = arguments.weights_of(weights, rows, some=False)
     if given is None:
         given = torch.ones((), dtype=torch.float64, device=rows.device).expand(index.shape)
     check_same_device(given, "weights", rows, "x")
