@@ -273,7 +273,9 @@ def test_gradients_do_not_flow() -> None:
     model = KMeans(4).fit(x)
     assert not model.cluster_centers_.requires_grad
     assert not model.transform(x).requires_grad
-    assert not KMeans(4).partial_fit(x).cluster_centers_.requires_grad
+    # One centre so far off that it is moved to a row.
+    start = torch.cat([blobs()[:1], torch.full((1, 3), 1e6, dtype=torch.float64)])
+    assert not KMeans(2, init=start).partial_fit(x).cluster_centers_.requires_grad
 
 
 @pytest.mark.cuda
@@ -350,10 +352,10 @@ def test_a_weight_of_two_in_a_batch_is_two_rows(seed: int) -> None:
 
 def test_counts_go_on_past_2_to_the_24() -> None:
     x = torch.tensor([[0.0], [2.0]])
-    model = KMeans(1).partial_fit(x, sample_weight=[2.0**24, 2.0**24])
+    model = KMeans(1).partial_fit(x, sample_weight=[2.0**24 + 1, 2.0**24 + 1])
     for _ in range(8):
         model.partial_fit(torch.tensor([[9.0]]))
-    assert float(model._centres) == pytest.approx((2**25 + 72) / (2**25 + 8), rel=1e-14)
+    assert float(model._centres) == pytest.approx((2**25 + 74) / (2**25 + 10), rel=1e-14, abs=0)
 
 
 def test_partial_fit_goes_on_from_fit() -> None:
@@ -382,6 +384,13 @@ def test_cosine_centres_stay_on_the_sphere() -> None:
         model.partial_fit(x)
         torch.testing.assert_close(model.cluster_centers_.norm(dim=1), torch.ones(3, dtype=torch.float64))
         assert torch.equal(model.predict(5 * x), model.labels_)
+
+
+def test_long_rows_count_no_more_for_cosine() -> None:
+    x, start = noise(30), noise(3, seed=1)
+    lengths = torch.logspace(-3, 3, 30, dtype=torch.float64).unsqueeze(1)
+    one, other = (KMeans(3, metric="cosine", init=start).partial_fit(rows) for rows in (x, x * lengths))
+    torch.testing.assert_close(one.cluster_centers_, other.cluster_centers_)
 
 
 def test_opposite_rows_leave_a_cosine_centre_its_direction() -> None:
