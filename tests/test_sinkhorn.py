@@ -386,6 +386,10 @@ def test_equals_the_reference(b: int, k: int, seed: int) -> None:
 def test_no_gradient_by_default() -> None:
     scores = cosine_scores(0, 8, 3).requires_grad_()
     assert not sinkhorn(scores).requires_grad
+    assert not reference.sinkhorn_potentials(scores).requires_grad
+    plain = reference.sinkhorn(scores)
+    assert isinstance(plain, Tensor)
+    assert not plain.requires_grad
     assert not sinkhorn_potentials(scores).requires_grad
 
 

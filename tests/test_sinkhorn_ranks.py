@@ -20,7 +20,7 @@ N_PROTOTYPES = 6
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "bound": {"bound": 1.0, "epsilon": 0.1},
+    "bound": {"bound": 2.5, "epsilon": 0.1},
     "prior": {"prior": torch.tensor([1.0, 2.0, 0.0, 1.0, 0.5, 3.0])},
     "relax": {"relax": 0.4, "n_iters": 6},
     "mass": {"mass": 0.4, "n_iters": 6},
@@ -29,14 +29,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "init": {"init": torch.tensor([3.0, -2.0, 0.0, 9.0, -700.0, 1.0])},
     "softmax": {"n_iters": 0},
     "sharp": {"epsilon": 1e-4},
+    "sharp and relaxed": {"epsilon": 1e-4, "relax": 1e-5},
 }
 
 
 def everything() -> tuple[Tensor, Tensor]:
     g = generator(0)
-    return torch.rand(2, 37, N_PROTOTYPES, generator=g, dtype=double) * 2 - 1, torch.rand(
-        2, 37, generator=g
-    ) * 2
+    scores = torch.rand(2, 37, N_PROTOTYPES, generator=g, dtype=double) * 2 - 1
+    scores[..., -1] -= 1.5  # a prototype that no row prefers
+    return scores, torch.rand(2, 37, generator=g) * 2
 
 
 def shard(tensor: Tensor, rank: int, world: int, dim: int = 1) -> Tensor:
