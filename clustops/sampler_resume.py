@@ -62,7 +62,7 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         if isinstance(seed, bool) or not hasattr(seed, "__index__"):
             reject("seed", "an integer", repr(seed), "pass the same integer on every rank", TypeError)
         super().__init__(
-            range(1),  # type: ignore[arg-type]  # the parent only asks for a length, which _resize replaces
+            range(1),  # type: ignore[arg-type]  # the parent only asks for a length, which set_labels replaces
             num_replicas=num_replicas or 1,
             rank=rank or 0,
             seed=int(seed),

@@ -153,15 +153,15 @@ def images(x: list[int], n: int, trials: int) -> torch.Tensor:
     )
 
 
-def test_all_permutations_of_four_are_equally_likely() -> None:
-    seen = Counter(map(tuple, images([0, 1, 2, 3], 4, 24000).tolist()))
-    assert len(seen) == 24
+def test_all_permutations_of_five_are_equally_likely() -> None:
+    seen = Counter(map(tuple, images([0, 1, 2, 3, 4], 5, 60_000).tolist()))
+    assert len(seen) == 120
     assert chisquare(list(seen.values())).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("n", [3, 5, 16, 17, 23, 40])
 def test_images_and_pairs_of_images_are_uniform(n: int) -> None:
-    image = images([0, 1, n // 2], n, 20000)
+    image = images([0, 1, n // 2], n, 100_000)
     for column in image.T:
         assert chisquare(torch.bincount(column, minlength=n).tolist()).pvalue > 1e-4
     pairs = torch.bincount(image[:, 0] * n + image[:, 1], minlength=n * n).view(n, n)
@@ -170,7 +170,17 @@ def test_images_and_pairs_of_images_are_uniform(n: int) -> None:
     assert chisquare(off_diagonal.tolist()).pvalue > 1e-4
 
 
-def test_epochs_seeds_and_passes_give_unrelated_orders() -> None:
+def test_each_pass_over_a_cluster_has_its_own_order() -> None:
+    bounds, offsets = torch.tensor([0, 3000]), torch.tensor([0, 1000])
+    first, second, third = reference.table_positions(torch.arange(3000), offsets, bounds, 0, 0, "cover").view(
+        3, 1000
+    )
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert torch.equal(one.sort().values, other.sort().values)
+        assert int((one == other).sum()) < 12
+
+
+def test_epochs_and_seeds_give_unrelated_orders() -> None:
     n = 1000
     base = permuted(n, 0, 0)
     for other in (permuted(n, 0, 1), permuted(n, 1, 0), permuted(n, 2**32, 0), permuted(n, -1, 0)):
@@ -223,6 +233,13 @@ def test_one_cluster_of_two_to_the_24_plus_one() -> None:
     assert positions.unique().numel() == slots.numel()
     assert (int(positions.min()) >= 0, int(positions.max()) < n) == (True, True)
     assert chisquare((positions * 64 // n).bincount(minlength=64).tolist()).pvalue > 1e-4
+
+
+@given(n=st.integers(2**31 - 2, 2**60 - 1), seed=seeds)
+def test_slots_beyond_two_to_the_31_are_the_written_rule(n: int, seed: int) -> None:
+    hand, positions = ByHand(seed, 0, ORDER), [0, 1, n // 2, n - 2, n - 1]
+    expected = [hand.permute(x, n, hand.u[1]) for x in positions]
+    assert reference.slots_of(torch.tensor(positions), n, seed, 0).tolist() == expected
 
 
 def test_two_to_the_40_draws_need_no_list() -> None:

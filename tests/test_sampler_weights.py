@@ -55,9 +55,10 @@ def test_weights_follow_their_formula(arguments: dict[str, Any], expected: list[
 
 
 def test_effective_weights_keep_their_digits_near_beta_one() -> None:
-    counts = torch.tensor([1e3, 1e6]).double()
-    weights = cluster_weights(counts, scheme="effective", beta=1 - 1e-13, normalize="none")
-    torch.testing.assert_close(weights * counts, torch.ones(2, dtype=torch.float64), rtol=1e-3, atol=0)
+    beta, counts = 1 - 1e-10, torch.tensor([7.0, 3000.0]).double()
+    exact = [(1 - decimal.Decimal(beta)) / (1 - decimal.Decimal(beta) ** int(n)) for n in counts]
+    weights = cluster_weights(counts, scheme="effective", beta=beta, normalize="none")
+    assert weights.tolist() == pytest.approx([float(weight) for weight in exact], rel=1e-12)
 
 
 def test_cluster_mean_normalises_over_filled_clusters() -> None:

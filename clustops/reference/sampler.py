@@ -40,7 +40,7 @@ from .philox import philox
 VERSION = 1
 ORDER, DRAWS, BATCH_CLUSTERS, BATCH_MEMBERS = 0x5A01, 0x5A02, 0x5A03, 0x5A04
 ROUNDS = 8
-RANKED = 16  # below it a Feistel network has too few cells to look like a random permutation
+RANKED = 16  # up to here a Feistel network has too few cells to look like a random permutation
 
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 15  # positions at a time: temporaries stay in the cache
@@ -83,7 +83,7 @@ def _word(x: Tensor, t: Tensor, multiplier: int) -> Tensor:
 
 
 def _shift(x: Tensor, word: Tensor, n: Tensor) -> Tensor:
-    """(x + (word >> 32) * n >> 32) mod n, for 0 <= x < n; ``word`` is overwritten."""
+    """(x + (word >> 32) * n >> 32) mod n, for 0 <= x < n <= 2^31; ``word`` is overwritten."""
     word = word.bitwise_right_shift_(32).bitwise_and_(_MASK).mul_(n).bitwise_right_shift_(32).add_(x).sub_(n)
     return word.add_((word >> 63).bitwise_and_(n))
 
@@ -134,7 +134,10 @@ def _feistel(x: Tensor, n: Tensor, t: Tensor, key: Keys) -> Tensor:
         image[outside] = again
         still = (again >= sub[3]).nonzero(as_tuple=True)
         outside = tuple(index[still] for index in outside)
-    return _shift(image, t.expand_as(image).clone(), n)
+    # n may pass 2^31 here, so the product comes in two parts.
+    word = _high(t)
+    image = image + (word * (n >> 32) + _high(word * (n & _MASK))) - n
+    return image.add_((image >> 63).bitwise_and_(n))
 
 
 def _rounds(x: Tensor, a: Tensor, b: Tensor, t: Tensor, key: Keys) -> Tensor:
