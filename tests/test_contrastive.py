@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import math
 from typing import Any
 
@@ -220,9 +221,39 @@ def test_equal_features_give_the_log_of_the_number_of_pairs(n: int, v: int, seed
     assert loss.item() == pytest.approx(math.log(n * v - 1))
 
 
-def test_info_nce_equals_its_reference() -> None:
-    features, _, _ = draw(9, 3, 5, 2)
-    assert_close(info_nce_loss(features), reference.info_nce_loss(features), torch.float64)
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.2,
+    "base_temperature": 0.1,
+    "normalize": True,
+    "weights": torch.rand(9, dtype=torch.float64, generator=generator(20)),
+    "no_positive": "ignore",
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["supcon_loss", "info_nce_loss", "weighted_contrastive_loss"])
+def test_every_loss_passes_its_settings_on(name: str, reduction: str) -> None:
+    features = torch.randn(9, 2, 5, dtype=torch.float64, generator=generator(21))
+    positives = {
+        "supcon_loss": (torch.arange(9) % 4,),
+        "info_nce_loss": (),
+        "weighted_contrastive_loss": (torch.eye(9, dtype=torch.float64).cumsum(0),),
+    }[name]
+    loss = weighted_contrastive_loss if name.startswith("weighted") else getattr(clustops.contrastive, name)
+    actual = loss(features, *positives, reduction=reduction, **SETTINGS)
+    expected = getattr(reference, name)(features, *positives, reduction=reduction, **SETTINGS)
+    assert_close(actual, expected, torch.float64, scale=10)
+
+
+@pytest.mark.parametrize("loss", [supcon_loss, weighted_contrastive_loss], ids=["classes", "pair_weights"])
+def test_rows_without_positives_are_ignored_or_rejected_as_asked(loss: Any) -> None:
+    features = draw(3, 1, 5, 2)[0]
+    positives = torch.tensor([0, 0, 1]) if loss is supcon_loss else torch.ones(3, 3).tril(-1).T
+    rows = loss(features, positives, reduction="none")
+    assert rows[2] == 0
+    assert_close(loss(features, positives, no_positive="ignore"), rows.sum() / 2, torch.float64)
+    with pytest.raises(ValueError, match="1 samples without one"):
+        loss(features, positives, no_positive="raise")
 
 
 def test_a_matrix_is_rows_of_one_view() -> None:
@@ -316,8 +347,14 @@ def test_modules_give_what_the_functions_give() -> None:
         ccssl(features, labels, confidence, weights=weights),
         ccssl_loss(features, labels, confidence, threshold=0.5, weights=weights, **settings),
     )
-    assert torch.equal(SupConLoss(**settings)(features, labels), supcon_loss(features, labels, **settings))
-    assert torch.equal(InfoNCELoss(**settings)(features), info_nce_loss(features, **settings))
+    assert torch.equal(
+        SupConLoss(**settings)(features, labels, weights=weights),
+        supcon_loss(features, labels, weights=weights, **settings),
+    )
+    assert torch.equal(
+        InfoNCELoss(**settings)(features, weights=weights),
+        info_nce_loss(features, weights=weights, **settings),
+    )
     assert "threshold=0.5" in repr(ccssl)
 
 
@@ -399,6 +436,17 @@ def test_pair_weights_of_classes_are_supcon() -> None:
     actual = value_and_gradient(weighted_contrastive_loss, features, same, upstream=torch.ones(()))
     for a, e in zip(actual, expected, strict=True):
         assert_close(a, e, torch.float64, scale=10)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [ccssl_loss, supcon_loss, info_nce_loss, pseudo_labels, weighted_contrastive_loss],
+    ids=lambda f: f.__name__,
+)
+def test_the_reference_takes_the_same_arguments(function: Any) -> None:
+    public = inspect.signature(function).parameters.values()
+    dense = inspect.signature(getattr(reference, function.__name__)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in public] == [(p.name, p.kind, p.default) for p in dense]
 
 
 @pytest.mark.parametrize(
