@@ -179,7 +179,7 @@ def reduce_rows(
     loss = rows.sum() * world_size(group)
     if reduction == "sum":
         return loss
-    if no_positive == "zero" and group is None:
+    if no_positive != "ignore" and group is None:
         return loss / rows.numel()
     samples = has_positive if no_positive == "ignore" else torch.ones_like(has_positive)
     anchors = all_reduce_sum(samples.sum(), group) * rows.shape[1]
