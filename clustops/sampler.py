@@ -13,6 +13,7 @@ from .sampler_batches import MPerClusterBatchSampler
 from .sampler_resume import ResumableSampler
 from .sampler_weights import (
     balanced_quota,
+    check_counts,
     check_number,
     cluster_members,
     cluster_weights,
@@ -100,7 +101,7 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
         check_choice(replacement, "replacement", ("cover", "deepcluster", "always"))
         self.power, self.cluster_weights, self.replacement = power, cluster_weights, replacement
         self._given = num_samples
-        least_k = 1 if cluster_weights is None else len(cluster_weights)
+        least_k = 1 if cluster_weights is None else check_counts(cluster_weights, "cluster_weights").numel()
         super().__init__(
             labels, seed=seed, num_replicas=num_replicas, rank=rank, drop_last=drop_last, least_k=least_k
         )

@@ -258,6 +258,7 @@ def test_trainers_see_a_distributed_sampler() -> None:
         ({"rank": 0}, ValueError, ("rank", "rank=0")),
         ({"num_replicas": 2, "rank": 2}, ValueError, ("rank", "below num_replicas = 2", "got 2")),
         ({"num_replicas": 0, "rank": 0}, ValueError, ("num_replicas", "at least 1")),
+        ({"cluster_weights": 1.0}, TypeError, ("cluster_weights", "float")),
         ({"cluster_weights": [1.0]}, ValueError, ("cluster_weights", "largest label, 1", "[1]")),
         ({"cluster_weights": [1.0, -1.0]}, ValueError, ("cluster_weights", ">= 0", "-1.0")),
         ({"cluster_weights": [1.0, float("inf")]}, ValueError, ("cluster_weights", "finite")),
