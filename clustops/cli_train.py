@@ -150,6 +150,6 @@ def _finish(result: Any, out: Path, name: str, spec: str) -> None:
     try:
         from .recipes.report_picture import draw_run
     except ModuleNotFoundError as error:
-        print(f"no picture: {error}", file=sys.stderr)
+        print(f'no picture ({error}): pip install "clustops[demo]"', file=sys.stderr)
         return
     draw_run(result, f"{name} on {spec}", out / "report.png")

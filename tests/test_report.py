@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from clustops.recipes import report, report_picture
+from clustops.recipes import report, report_panels, report_picture
 from clustops.recipes.report import Row, caution, table, write_json
 from clustops.recipes.training import Result
 
@@ -23,7 +24,10 @@ def row(system: str = "A", group: str = "g", note: str = "", accuracies: tuple[f
 
 def deepcluster() -> Row:
     generator = torch.Generator().manual_seed(0)
-    history = [{"step": e, "nmi_previous": 0.5, "nmi_labels": 0.1 * e, "accuracy": 0.9} for e in range(1, 4)]
+    history = [
+        {"step": 9 * e, "epoch": e, "nmi_previous": 0.5, "nmi_labels": 0.1 * e, "accuracy": 0.9}
+        for e in range(1, 4)
+    ]
     extras = {
         "sizes_before_repair": torch.tensor([5, 3, 0]),
         "sizes_after_repair": torch.tensor([3, 3, 2]),
@@ -125,14 +129,15 @@ def test_no_text_of_the_picture_overlaps_another(monkeypatch: pytest.MonkeyPatch
         for axis, limits in ((panel.xaxis, panel.get_xlim()), (panel.yaxis, panel.get_ylim())):
             # Ticks outside the limits exist but are not drawn.
             texts += [t.label1 for t in axis.get_major_ticks() if min(limits) <= t.get_loc() <= max(limits)]
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts if text.get_text()]
+    # Of an annotation the words alone, not the line to what they name.
+    boxes = [(text.get_text(), Text.get_window_extent(text, renderer)) for text in texts if text.get_text()]
     clashes = [(a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i] if box.overlaps(other)]
     assert clashes == []
 
 
 def test_the_plane_keeps_the_two_largest_variances() -> None:
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0, 0.1, 5.0])
-    plane = report_picture.principal_plane(x)
+    plane = report_panels.principal_plane(x)
     expected = np.linalg.eigvalsh(np.cov(x.double().numpy().T))[::-1][:2]
     assert np.allclose(plane.var(axis=0, ddof=1), expected)
 

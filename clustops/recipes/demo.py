@@ -22,7 +22,7 @@ class System:
     """One row of the table.
 
     Attributes:
-        name, group, note: as the table shows them; the note of a control opens with "control".
+        name, group, note: as the table shows them; see ``Row``.
         train: a recipe's ``train(data, config, *, progress, pretrained)``; at the top of a module, as it
             travels to a worker process.
         config: of that recipe; its seed and labels per class are set by the demo.

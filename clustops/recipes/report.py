@@ -19,7 +19,8 @@ class Row:
 
     Attributes:
         system: its name. group: rows of one group belong side by side, a system beside its controls.
-        note: what it is; for a control, "control: " and what of.
+        note: what it is; it opens with "control: " for a control and with "ablation: " for a system with
+            a part changed.
         accuracies: share of the test set that is right, a number for each seed.
         seconds: CPU seconds of one run, a number for each seed.
         history: metrics over the training of the first seed.
@@ -37,7 +38,12 @@ class Row:
     @property
     def is_control(self) -> bool:
         """Whether this row is there for comparison."""
-        return self.note.startswith("control")
+        return self.note.startswith("control") or self.is_ablation
+
+    @property
+    def is_ablation(self) -> bool:
+        """Whether this row is another one with a part changed."""
+        return self.note.startswith("ablation")
 
     @property
     def mean(self) -> float:
@@ -90,7 +96,8 @@ def caution(data: str, n_seeds: int) -> str:
         return f"Read with care: {chance}."
     return (
         "What digits cannot show: that the contrastive loss lifts accuracy over its two-view control, or "
-        "that balanced sampling or more clusters than classes do, as the classes are few and even; "
+        "that its threshold T_push, balanced sampling or more clusters than classes do, as the classes "
+        "are few and even; "
         f"and {chance}."
     )
 
