@@ -72,6 +72,21 @@ def test_ties_go_to_the_lowest_index(n: int, k: int, d: int, copies: int, seed: 
 
 
 @needs_extension
+@given(n=odd_sizes, k=odd_sizes, d=small_sizes, seed=seeds, offset=st.sampled_from([0, 1000]))
+@pytest.mark.usefixtures("instruction_set")
+def test_equal_distances_between_integers_go_to_the_lowest_index(
+    n: int, k: int, d: int, seed: int, offset: int
+) -> None:
+    g = generator(seed)
+    x = (torch.randint(-4, 5, (1, n, d), generator=g) + offset).float()
+    centroids = (torch.randint(-4, 5, (1, k, d), generator=g) + offset).float()
+    exact = (x.unsqueeze(2) - centroids.unsqueeze(1)).square().sum(-1)
+    labels, distances = assign(x, centroids, 1)
+    assert torch.equal(labels[..., 0], exact.argmin(-1))
+    assert torch.equal(distances[..., 0], exact.min(-1).values)
+
+
+@needs_extension
 @pytest.mark.usefixtures("instruction_set")
 def test_labels_do_not_depend_on_threads_or_other_rows() -> None:
     x, centroids = torch.randn(2, 1500, 19), torch.randn(2, 70, 19)

@@ -155,7 +155,7 @@ def _one(
             callback(KMeansProgress(n_iter, inertia, shift, counts[0], counts[1]))
         centroids = step.centroids
         n_iter, n_repaired = n_iter + 1, n_repaired + step.n_repaired
-        converged = step.n_repaired == 0 and bool(shift <= tol * variance)
+        converged = bool(shift <= tol * variance)
     if empty not in ("keep", "faiss"):
         centroids, more = settle(x, centroids)
         n_repaired += more
@@ -235,7 +235,9 @@ def _greedy(x: Tensor, w: Tensor, k: int, seed: int, restart: int) -> Tensor:
             continue
         candidates = _drawn(potential, uniform[step])
         after = torch.minimum(closest.unsqueeze(1), squared_distances(x, x[candidates])).double()
-        best = candidates[(w.unsqueeze(1) * after).sum(0).argmin()]
+        total = (w.unsqueeze(1) * after).sum(0)
+        # Two candidates nearest to each other leave the same potential, up to rounding: the first drawn wins.
+        best = candidates[(total <= total.min() * (1 + 1e-12)).int().argmax()]
         centroids = torch.cat([centroids, x[best].unsqueeze(0)])
     return centroids
 

@@ -7,6 +7,7 @@
 // centroids that share a lane of the winning panel: the direct distance ||x - c||^2 decides among them.
 // A score depends on its row and its centroid alone, so labels do not depend on tiles or threads.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "../common/kmeans.h"
@@ -50,15 +51,30 @@ struct Layout {
   }
 };
 
-// The mean centroid: shifting by it keeps scores small where all data lie far from the origin.
+// The mean centroid: shifting by it keeps scores small where all data lie far from the origin. It is rounded to a
+// power of two no smaller than the spread of its column, so that data on a grid (pixels, integers) stay on it, and
+// equal distances give equal scores.
 void mean_of_columns(const KMeansAssign& a, int64_t b, int64_t first, float* mean) {
   const int64_t count = std::min(kMeanColumns, a.features - first);
   double sum[kMeanColumns] = {};
+  float low[kMeanColumns], high[kMeanColumns];
+  std::copy_n(a.centroid(b, 0) + first, count, low);
+  std::copy_n(a.centroid(b, 0) + first, count, high);
   for (int64_t k = 0; k < a.clusters; ++k) {
     const float* c = a.centroid(b, k) + first;
-    for (int64_t d = 0; d < count; ++d) sum[d] += c[d];
+    for (int64_t d = 0; d < count; ++d) {
+      sum[d] += c[d];
+      low[d] = c[d] < low[d] ? c[d] : low[d];
+      high[d] = c[d] > high[d] ? c[d] : high[d];
+    }
   }
-  for (int64_t d = 0; d < count; ++d) mean[first + d] = static_cast<float>(sum[d] / static_cast<double>(a.clusters));
+  for (int64_t d = 0; d < count; ++d) {
+    int exponent = 0;
+    std::frexp(static_cast<double>(high[d]) - low[d], &exponent);
+    const double grid = high[d] > low[d] ? std::ldexp(1.0, exponent) : 0.0;
+    const double exact = sum[d] / static_cast<double>(a.clusters);
+    mean[first + d] = static_cast<float>(grid > 0 ? std::nearbyint(exact / grid) * grid : exact);
+  }
 }
 
 void pack_panel(const KMeansAssign& a, int64_t b, int64_t p, const float* mean, float* neg_half_norms, float* panel) {
