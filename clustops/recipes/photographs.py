@@ -18,6 +18,8 @@ def presets() -> dict[str, augment.Strength]:
 def for_photographs(config: Config, network: str | None = None) -> Config:
     """``config`` with each augmentation for digits replaced by its counterpart for photographs.
 
+    DeepCluster, where it is that one's config, sees edges instead of colours, as in its paper.
+
     Args:
         network: replaces the small network, where that is the one set; ``None`` keeps it.
 
@@ -34,6 +36,8 @@ def for_photographs(config: Config, network: str | None = None) -> Config:
 
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     changes = {name: swapped(v) for name, v in values.items() if isinstance(v, (tuple, augment.Strength))}
+    if "sobel" in values:
+        changes["sobel"] = True
     if network is not None and values.get("network") == "small":
         changes["network"] = network
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
