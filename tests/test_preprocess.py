@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support import DEVICES, assert_close, assert_message, generator, odd_sizes, seeds, small_sizes
 
 from clustops import preprocess
-from clustops.native import preprocess as native
 from clustops.preprocess import pca_whiten
 from clustops.reference import preprocess as reference
+from clustops.reference import preprocess_ops as ops
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -49,7 +49,7 @@ def test_only_the_result_is_rounded_to_the_input_dtype(device: str, dtype: torch
 @given(odd_sizes, small_sizes, seeds)
 def test_covariance_is_the_identity_before_the_l2_step(n: int, d: int, seed: int) -> None:
     x = features(2, n + 3 * d, d, seed=seed) * 1e3
-    shift, scale, mean, matrix = native.whitening(x, d, 1e-12)
+    shift, scale, mean, matrix = ops.whitening(x, d, 1e-12)
     rows = ((x - shift) / scale - mean) @ matrix
     eye = torch.eye(d, dtype=torch.float64).expand(2, d, d)
     torch.testing.assert_close(rows.mT @ rows / x.shape[1], eye, rtol=0, atol=1e-9)
@@ -83,7 +83,7 @@ def test_a_row_at_the_mean_is_zero_and_not_nan() -> None:
 def test_constant_data_gives_zeros(n: int, d: int, value: float, dtype: torch.dtype) -> None:
     x = torch.full((n, d), value, dtype=dtype)
     assert (pca_whiten(x, d) == 0).all()
-    assert all(torch.isfinite(part).all() for part in native.whitening(x.unsqueeze(0), d, 1e-5))
+    assert all(torch.isfinite(part).all() for part in ops.whitening(x.unsqueeze(0), d, 1e-5))
     assert (reference.pca_whiten(x, d) == 0).all()
 
 
@@ -142,13 +142,13 @@ def test_rows_far_from_the_origin_keep_their_directions() -> None:
 def test_the_number_of_blocks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x = features(2, 131, 5)
     whole = pca_whiten(x, 3)
-    monkeypatch.setattr(native, "_BLOCK", 7)
+    monkeypatch.setattr(ops, "_BLOCK", 7)
     assert_close(pca_whiten(x, 3), whole, torch.float64, scale=1e4)
 
 
 @given(small_sizes, seeds)
 def test_the_largest_entry_of_each_direction_is_positive(d: int, seed: int) -> None:
-    _, _, _, matrix = native.whitening(features(1, 4 * d + 3, d, seed=seed), d, 1e-12)
+    _, _, _, matrix = ops.whitening(features(1, 4 * d + 3, d, seed=seed), d, 1e-12)
     largest = matrix.gather(1, matrix.abs().argmax(1, keepdim=True))
     assert (largest > 0).all()
 

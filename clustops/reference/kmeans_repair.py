@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +55,7 @@ def repair_step(
     if empty == "split":
         seed, restart, iteration = key
         uniform = draw(seed, SPLIT, restart, iteration, torch.arange(k))
-        means, pairs, _ = _split(x, labels, distances, means, counts, uniform)
+        means, pairs = _split(x, labels, distances, means, counts, uniform)
         moved = len(pairs)
         means = unit_rows(means) if metric == "cosine" else means
     if empty == "faiss":
@@ -66,7 +65,7 @@ def repair_step(
 
 def _split(
     x: Tensor, labels: Tensor, distances: Tensor, means: Tensor, counts: Tensor, uniform: Tensor
-) -> tuple[Tensor, list[tuple[int, int]], dict[int, int]]:
+) -> tuple[Tensor, list[tuple[int, int]]]:
     """Each empty cluster draws a donor by ``count - 1``; a donor serves the first that drew it."""
     farthest: dict[int, int] = {}
     tickets = []
@@ -91,7 +90,7 @@ def _split(
             up, down = means[donor] + direction, means[donor]
         result[child], result[donor] = up, down
         pairs.append((donor, child))
-    return result, pairs, farthest
+    return result, pairs
 
 
 def _relocated(
@@ -177,30 +176,24 @@ def repair_empty_clusters(
 def _split_rounds(
     x: Tensor, labels: Tensor, centroids: Tensor, counts: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    k, moved = counts.numel(), 0
+    k = counts.numel()
+    empty = (counts == 0).sum()
     labels, centroids, counts = labels.clone(), centroids.clone(), counts.clone()
-    for iteration in itertools.count():
+    for iteration in range(k):
         means = centroids.clone()
         for j in (counts > 0).nonzero().squeeze(1).tolist():
             means[j] = x[labels == j].double().mean(0).to(x.dtype)
         own = (x - means[labels.clamp(min=0)]).square().sum(-1)
         uniform = draw(seed, SPLIT, 0, iteration, torch.arange(k))
-        split, pairs, farthest = _split(x, labels, own, means, counts, uniform)
-        if not pairs:
-            break
+        halves, pairs = _split(x, labels, own, means, counts, uniform)
         for donor, child in pairs:
+            centroids[donor], centroids[child] = halves[donor], halves[child]
             members = (labels == donor).nonzero().squeeze(1)
-            d = squared_distances(x[members], split[[donor, child]])
-            margin = d[:, 1] - d[:, 0]
-            margin[members == farthest[donor]] = -torch.inf
-            stays = members[margin == margin.max()][-1]
-            for row, m in zip(members.tolist(), margin.tolist(), strict=True):
-                if row != stays and (m < 0 or (m == 0 and child < donor)):
-                    labels[row] = child
-            centroids[donor], centroids[child] = split[donor], split[child]
+            to_donor, to_child = squared_distances(x[members], halves[[donor, child]]).unbind(1)
+            nearer = (to_child < to_donor) | ((to_child == to_donor) & (child < donor))
+            labels[members[nearer]] = child
         counts = torch.bincount(labels[labels >= 0], minlength=k)
-        moved += len(pairs)
-    return labels, centroids, counts, torch.tensor(moved)
+    return labels, centroids, counts, empty - (counts == 0).sum()
 
 
 def faiss_split(centroids: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tensor, int]:

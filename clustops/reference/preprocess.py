@@ -18,11 +18,6 @@ def pca_whiten(x: Tensor, dim: int, *, eps: float = 1e-5) -> Tensor:
     return unit_rows(whitened(x, dim, eps)).to(x.dtype)
 
 
-def pca_whiten_problems(x: Tensor, dim: int, eps: float) -> Tensor:
-    """The same with the arguments of the op, ``x`` ``[B, N, D]``."""
-    return pca_whiten(x, dim, eps=eps)
-
-
 def whitened(x: Tensor, dim: int, eps: float) -> Tensor:
     """fp64 ``[.., N, dim]``: rows before the L2 step."""
     # From the first row on, so that constant data is exactly zero.
