@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import json
 import os
 import runpy
@@ -241,6 +242,18 @@ def test_two_ranks_under_torchrun_learn_what_one_process_does(tmp_path: Path) ->
     assert [entry["step"] for entry in two] == [1, 2, 3, 4]
     for a, b in zip(one, two, strict=True):
         assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.005)
+
+
+def test_colour_images_get_settings_for_photographs() -> None:
+    from clustops.recipes import augment, deepcluster, photographs, suave
+
+    assert doctest.testmod(photographs).failed == 0
+    clusters = photographs.for_photographs(deepcluster.Config(), network="wrn-28-2")
+    photo = [value for name, value in photographs.presets().items() if name.startswith("PHOTO_")]
+    assert (clusters.sobel, clusters.view in photo, clusters.network) == (True, True, "wrn-28-2")
+    views = photographs.for_photographs(suave.Config()).views
+    assert views == (augment.PHOTO_CROP, augment.PHOTO_CROP, augment.PHOTO_LOCAL, augment.PHOTO_LOCAL)
+    assert photographs.for_photographs(suave.Config(network="small")).network == "small"
 
 
 # doctor

@@ -136,7 +136,7 @@ def _collect(tasks: Sequence[Task], workers: int) -> list[_Outcome]:
         for i, (name, finished) in enumerate(run_tasks(tasks, workers, lambda share: _move(bar, share))):
             outcomes += finished
             if watched:
-                bar.set_description(f"training, {i + 1} of {len(tasks)} done")
+                bar.set_description_str(f"training, {i + 1} of {len(tasks)} done")
             else:
                 print(f"{i + 1} of {len(tasks)} done: {name}", file=sys.stderr)
     return outcomes
