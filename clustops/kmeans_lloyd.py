@@ -69,7 +69,7 @@ def lloyd(
         n_iter, n_repaired = n_iter + active, n_repaired + repaired
         if report is not None:
             report(KMeansProgress(iteration, inertia, shift, n_empty, repaired))
-        still = (shift <= (0.0 if tolerance is None else tolerance)) & (repaired == 0)
+        still = shift <= (0.0 if tolerance is None else tolerance)
         if tolerance is not None:
             active = active & ~still
             if look and not bool(active.any()):
@@ -98,7 +98,7 @@ def _step(
         k, restarts = counts.shape[1], rows.copies(counts)
         position = torch.arange(k, device=rows.device)
         uniform = torch.stack([draw(seed, SPLIT, r, iteration, position) for r in range(restarts)])
-        means, child, _ = split(rows, labels, distances, means, counts, uniform.repeat(rows.batch, 1))
+        means, child = split(rows, labels, distances, means, counts, uniform.repeat(rows.batch, 1))
         repaired = (child < k).sum(1)
         if rows.metric == "cosine":
             means = unit_rows(means)

@@ -20,7 +20,7 @@ STEP = 2.0**-5
 
 def split(
     rows: Rows, labels: Tensor, distances: Tensor, means: Tensor, counts: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Empty clusters next to the centroids of others, one child a donor.
 
     Each empty cluster draws a donor with probability proportional to ``count - 1``; of several that drew the
@@ -33,8 +33,7 @@ def split(
         uniform: ``[E, K]`` in [0, 1), one number for each cluster that may be empty.
 
     Returns:
-        centroids ``[E, K, D]``, the child of each donor or K ``[E, K]``, and the index of each cluster's
-        farthest row ``[E, K]``.
+        centroids ``[E, K, D]`` and ``[E, K]`` the child of each donor, K for the others.
     """
     k = counts.shape[1]
     _, farthest = extreme_members(rows, distances, labels, k)
@@ -53,7 +52,7 @@ def split(
     lost = (up == down).all(-1, keepdim=True)
     up, down = torch.where(lost, means + direction, up), torch.where(lost, means, down)
     centroids = torch.where((child < k).unsqueeze(-1), down, means)
-    return replace(centroids, child, up), child, farthest
+    return replace(centroids, child, up), child
 
 
 def relocate(
@@ -150,42 +149,35 @@ def relocation_scores(rows: Rows, distances: Tensor, policy: str, seed: int, ite
 def split_rounds(
     rows: Rows, labels: Tensor, centroids: Tensor, counts: Tensor, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rounds of ``split`` in which donors share their rows with their children, until no donor is left.
+    """Rounds of ``split`` in which each row of a donor goes to the nearer of donor and child.
 
-    A row goes to the nearer of the two; whatever rounding does, the farthest row of the donor goes to the
-    child and the row that loses least by staying stays.
+    They end when no cluster is empty, or nothing is left to split.
 
     Returns:
         labels, centroids, counts and how many clusters were repaired, ``[E]``.
     """
     k = counts.shape[1]
+    empty = (counts == 0).sum(1)
     cluster = torch.arange(k, device=counts.device)
-    repaired = torch.zeros_like(counts[:, 0])
     for iteration in range(k):
         if not bool((counts == 0).any()):
             break
         means = means_of(rows.sum_labels(labels, k), centroids)
         own = rows.own_distances(labels, means)
         uniform = draw(seed, SPLIT, 0, iteration, cluster).expand_as(counts)
-        halves, child, farthest = split(rows, labels, own, means, counts, uniform)
-        donates = child < k
+        halves, child = split(rows, labels, own, means, counts, uniform)
+        donates = (child < k).unsqueeze(-1)
         if not bool(donates.any()):
             break
-        changed = replace(donates.unsqueeze(-1), child, donates.unsqueeze(-1))
-        centroids = torch.where(changed, halves, centroids)
+        centroids = torch.where(replace(donates, child, donates), halves, centroids)
 
         its_child = child.gather(1, labels.clamp(min=0))
-        asked = (labels >= 0) & (its_child < k)
+        to_donor = rows.own_distances(labels, halves)
         to_child = rows.own_distances(its_child.clamp(max=k - 1), halves)
-        margin = to_child - rows.own_distances(labels, halves)
-        margin = torch.where(farthest.gather(1, labels.clamp(min=0)) == rows.positions(), -torch.inf, margin)
-        _, keeper = extreme_members(rows, margin, labels, k, last=True)
-        stays = keeper.gather(1, labels.clamp(min=0)) == rows.positions()
-        nearer = (margin < 0) | ((margin == 0) & (its_child < labels))
-        labels = torch.where(asked & nearer & ~stays, its_child, labels)
+        nearer = (to_child < to_donor) | ((to_child == to_donor) & (its_child < labels))
+        labels = torch.where((labels >= 0) & (its_child < k) & nearer, its_child, labels)
         counts = rows.count(labels, k)
-        repaired = repaired + donates.sum(1)
-    return labels, centroids, counts, repaired
+    return labels, centroids, counts, empty - (counts == 0).sum(1)
 
 
 def empty_first(counts: Tensor) -> Tensor:

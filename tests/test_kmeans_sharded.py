@@ -22,7 +22,9 @@ SHARDS = {
 
 
 def problem(batch: int) -> tuple[Tensor, Tensor]:
-    x = torch.randn(batch, 120, 3, generator=generator(1))
+    """Rows of magnitudes so different that float64 sums depend on their order."""
+    x = torch.randn(batch, 120, 3, generator=generator(1), dtype=torch.float64)
+    x *= torch.exp(3 * torch.randn(batch, 120, 1, generator=generator(3), dtype=torch.float64))
     x[:, 60:90] = x[:, :1]
     weights = torch.rand(batch, 120, generator=generator(2))
     weights[:, ::7] = 0

@@ -17,6 +17,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from clustops import reference
 from clustops.kmeans import cluster_means, kmeans, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
+from clustops.kmeans_rows import Rows
+from clustops.kmeans_select import pick
 from clustops.reference import kmeans_ops as ops
 
 dtypes = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -61,8 +63,8 @@ def test_a_label_does_not_depend_on_the_other_rows(seed: int, n: int, d: int) ->
 def test_ties_go_to_the_lowest_index() -> None:
     x = torch.zeros(5, 2)
     centroids = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    labels, _ = kmeans_assign(x, centroids, top=3)
-    assert labels.tolist() == [[1, 2, 3]] * 5
+    assert kmeans_assign(x, centroids)[0].tolist() == [1] * 5
+    assert kmeans_assign(x, centroids, top=3)[0].tolist() == [[1, 2, 3]] * 5
 
 
 def test_no_rows_give_no_labels() -> None:
@@ -202,6 +204,15 @@ def test_plus_plus_starts_better_than_random_rows() -> None:
     assert float(greedy.inertia) < float(random.inertia) / 2
 
 
+def test_rows_without_potential_are_never_picked() -> None:
+    rows = Rows(torch.zeros(1, 4, 1), None, None)
+    potential = torch.tensor([[0, 1, 0, 1]])
+    index, total = pick(rows, potential, torch.tensor([[0.0, 0.49, 0.5, 1 - 2.0**-53]], dtype=torch.float64))
+    assert index.tolist() == [[1, 1, 3, 3]]
+    assert total.tolist() == [2]
+    assert pick(rows, 0 * potential, torch.zeros(1, 1).double())[0].tolist() == [[-1]]
+
+
 def test_random_rows_are_distinct_and_uniform() -> None:
     x = torch.arange(10).float().unsqueeze(1)
     hits = torch.zeros(10)
@@ -271,6 +282,15 @@ def test_a_split_sends_each_row_of_the_donor_to_the_nearer_half(seed: int) -> No
     assert torch.equal((new_labels[members] == 2).long(), expected)
     assert torch.equal(new_labels[~members], labels[~members])
     assert_close(halves.mean(0), centroids[donor], torch.float64)
+
+
+def test_a_split_of_rows_one_rounding_apart_puts_each_on_its_centroid() -> None:
+    x = torch.tensor([[1e6], [0.0]])
+    x[1] = torch.nextafter(x[0], torch.tensor(torch.inf))
+    new_labels, new_centroids, _, _ = repair_empty_clusters(
+        x, torch.zeros(2, dtype=torch.int64), x.mean(0).expand(2, 1), torch.tensor([2, 0])
+    )
+    assert torch.equal(new_centroids[new_labels], x)
 
 
 def test_donors_are_drawn_by_count_minus_one() -> None:
