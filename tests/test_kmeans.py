@@ -262,6 +262,14 @@ def test_a_batch_equals_single_calls(
         assert_same(pick(batch, i, n), one)
 
 
+def test_a_converged_problem_moves_no_more_while_others_go_on() -> None:
+    x = normal(0, 6, 60, 2)
+    batch = kmeans(x, 6, tol=0.05)
+    assert batch.n_iter.unique().numel() > 1
+    for i in range(6):
+        assert_same(pick(batch, i, 60), kmeans(x[i], 6, tol=0.05))
+
+
 @given(seeds, small_sizes, metrics, policies, starts)
 def test_a_ragged_batch_equals_separate_calls(seed: int, d: int, metric: str, empty: str, start: str) -> None:
     x = normal(seed, 3, 40, d)
