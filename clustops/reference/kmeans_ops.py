@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .philox import uniform
 
-_ELEMENTS = 1 << 20  # of the largest temporary: it stays in a cache
+_ELEMENTS = 1 << 16  # of the largest temporary: it stays in a cache
 
 PLUS_PLUS, RANDOM_ROWS, SPLIT, RELOCATE = range(4)
 
@@ -57,7 +57,7 @@ def assign_l2(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     centroids = centroids.to(dtype)
     labels = x.new_empty((b, n, top), dtype=torch.int64)
     distances = x.new_empty((b, n, top), dtype=dtype)
-    for rows in _blocks(n, b * k * d):
+    for rows in _blocks(n, b * (k + d)):
         exact = squared_distances(x[:, rows].to(dtype), centroids)
         # A NaN row sorts like a row at infinity: its labels stay in range.
         ranked = exact.where(~exact.isnan(), torch.inf)
@@ -94,14 +94,16 @@ def units(bound: Tensor, n: Tensor) -> Tensor:
 
 def fold(values: Tensor, unit: Tensor, finer: Tensor) -> tuple[Tensor, Tensor]:
     """Float64 ``values`` as two parts, each on its grid."""
-    high = torch.round(values / unit) * unit
-    return high, torch.round((values - high) / finer) * finer
+    high = (values / unit).round_().mul_(unit)
+    return high, (values - high).div_(finer).round_().mul_(finer)
 
 
 def _weighted(x: Tensor, weights: Tensor) -> Tensor:
     """``w_n [x_n, 1]`` in float64, values and weight in one row; zeros for rows of weight 0."""
-    values = torch.cat([x.to(torch.float64), torch.ones_like(x[..., :1], dtype=torch.float64)], dim=-1)
-    return torch.where(weights.unsqueeze(-1) > 0, values * weights.unsqueeze(-1), 0.0)
+    values = x.new_ones((*x.shape[:-1], x.shape[-1] + 1), dtype=torch.float64)
+    values[..., :-1] = x
+    values *= weights.unsqueeze(-1)
+    return values.masked_fill_(weights.unsqueeze(-1) <= 0, 0.0)  # also where x is NaN
 
 
 def bounds(x: Tensor, weights: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def potentials(x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, 
     b, n, d = x.shape
     t = candidates.shape[1]
     result = x.new_zeros((b, t), dtype=torch.int64)
-    for rows in _blocks(n, b * t * d):
+    for rows in _blocks(n, b * (t + d)):
         distances = squared_distances(x[:, rows].to(closest.dtype), candidates.to(closest.dtype))
         smaller = torch.minimum(distances, closest[:, rows].unsqueeze(-1))
         result += to_integer(smaller, weights[:, rows].unsqueeze(-1), scale).sum(1)
