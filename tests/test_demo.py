@@ -74,6 +74,12 @@ def process_id(path: Path, progress: Progress) -> None:
     time.sleep(600)
 
 
+def interrupted(progress: Progress) -> str:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+    return "goes on"
+
+
 def unpicklable(progress: Progress) -> object:
     return lambda: 0
 
@@ -127,6 +133,10 @@ def test_workers_end_when_the_caller_stops_listening(tmp_path: Path) -> None:
             os.kill(int(file.read_text()), 0)
 
 
+def test_ctrl_c_is_left_to_the_caller() -> None:
+    assert dict(run_tasks([Task("a", interrupted, 1.0)], 1, lambda share: None)) == {"a": "goes on"}
+
+
 # the demo
 
 
@@ -159,30 +169,38 @@ def test_missing_packages_are_named_in_one_message(monkeypatch: pytest.MonkeyPat
         demo.run("digits", JOBS)
 
 
-def test_ctrl_c_ends_the_demo_without_a_traceback(tmp_path: Path) -> None:
+INTERRUPTED = """
+import sys, time
+from clustops import cli
+from clustops.recipes import demo, demo_systems, suave, training
+
+def quick(data, config, *, progress):
+    return training.Result("quick", 0.5, [])
+
+def slow(data, config, *, progress):
+    time.sleep(600)
+
+if __name__ == "__main__":
+    recipes = {"Quick": quick, "Slow": slow}
+    jobs = tuple((demo.System(name, "g", "", train, suave.Config(), 1.0),) for name, train in recipes.items())
+    demo_systems.JOBS = jobs
+    sys.exit(cli.main(["demo", "--out", sys.argv[1]]))
+"""
+
+
+def test_ctrl_c_ends_busy_and_idle_workers_without_a_traceback(tmp_path: Path) -> None:
     script = tmp_path / "interrupted.py"
-    script.write_text(
-        "import sys, time\n"
-        "from clustops import cli\n"
-        "from clustops.recipes import demo, demo_systems, suave\n"
-        "def slow(data, config, *, progress):\n"
-        "    print('started', flush=True)\n"
-        "    time.sleep(600)\n"
-        "if __name__ == '__main__':\n"
-        "    demo_systems.JOBS = ((demo.System('Slow', 'g', '', slow, suave.Config(), 1.0),),)\n"
-        "    sys.exit(cli.main(['demo', '--out', sys.argv[1]]))\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    script.write_text(INTERRUPTED)
     process = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert any(line == "started\n" for line in process.stdout)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "1 of 2 done: Quick, seed 0\n"
     os.killpg(process.pid, signal.SIGINT)
     _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
