@@ -1,5 +1,4 @@
-"""Random views of a batch of images: one affine resampling and a few pixel operations, no Python loop over
-images.
+"""Random views of a batch of images: one affine resampling and a few operations on pixels.
 
 All draws are made for the joint batch of all ranks and each rank takes its rows of them, so that a run over
 two ranks sees the images that a run in one process sees.

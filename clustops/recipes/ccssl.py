@@ -108,18 +108,19 @@ def published(data: str, labels_per_class: int) -> Config:
     )
 
 
-def true_pair_share(labels: Tensor, confidence: Tensor, truth: Tensor, threshold: float | None) -> float:
-    """Share of the class-wise positive weight of a batch that lies on pairs of one true class.
+def pair_weights(
+    labels: Tensor, confidence: Tensor, truth: Tensor, threshold: float | None
+) -> tuple[Tensor, Tensor]:
+    """Class-wise positive weight of a batch for each image, in all and on pairs of one true class.
 
-    Pairs of different images with one pseudo-label and both confidences at the threshold or above weigh the
-    product of their confidences. ``truth`` is -1 where an image is of no class. No such pair: 1.
+    Two different images with one pseudo-label and both confidences at the threshold or above weigh the
+    product of their confidences. ``truth`` is -1 where an image is of no class.
     """
-    weight = confidence * (confidence >= threshold) if threshold is not None else confidence
+    weight = confidence if threshold is None else confidence * (confidence >= threshold)
     pairs = torch.outer(weight, weight) * (labels.unsqueeze(0) == labels.unsqueeze(1))
     pairs.fill_diagonal_(0)
     true = (truth.unsqueeze(0) == truth.unsqueeze(1)) & (truth >= 0)
-    total = float(pairs.sum())
-    return float((pairs * true).sum()) / total if total else 1.0
+    return pairs.sum() / len(labels), (pairs * true).sum() / len(labels)
 
 
 def train(
@@ -227,5 +228,9 @@ def _loss(
         )
         loss = loss + config.lambda_c * contrastive
         metrics["loss_contrastive"] = contrastive.detach()
+        # The truth serves the log alone.
+        truth = data.train_labels[unknown]
+        weights = pair_weights(labels, confidence, truth, config.push_threshold)
+        metrics["pairs"], metrics["true_pairs"] = weights
     metrics |= {"loss": loss.detach(), "sure": sure.mean()}
     return loss, metrics

@@ -27,25 +27,23 @@ class Config(prototypes.Config):
 
     Attributes:
         teacher_temperature: below ``temperature``: sharpening.
-        teacher_decay: of the teacher's average of the student, at the first step; it goes to 1 along a
-            cosine.
+        teacher_decay, pretrain_teacher_decay: of the teacher's average of the student, at the first step; it
+            goes to 1 along a cosine.
         centre_decay: of the average of the teacher's scores that is taken off them: centering.
-        evaluate: which of the two networks counts.
     """
 
     pretrain_lr: float = 2e-3
-    lr: float = 2e-3
-    finetune_lr: float = 2e-4
+    lr: float = 4e-3
+    finetune_lr: float = 4e-4
     weight_decay: float = 0.01
     teacher_temperature: float = 0.03
-    teacher_decay: float = 0.95
+    teacher_decay: float = 0.9
+    pretrain_teacher_decay: float = 0.95
     centre_decay: float = 0.9
 
 
 class _Distillation(nn.Module):
-    """Each view of the student predicts the sharpened, centred scores of the teacher on each other global
-    view.
-    """
+    """Each view of the student predicts the teacher's sharp, centred scores on each other global view."""
 
     def __init__(
         self, config: Config, steps: int, model: PrototypeNet, teacher: PrototypeNet, group: Group
@@ -75,7 +73,9 @@ class _Distillation(nn.Module):
         return loss
 
     def after_step(self, model: PrototypeNet, k: int) -> None:
-        move_towards(self.teacher, model, cosine(k, self.steps, self.config.teacher_decay, 1.0))
+        config = self.config
+        first = config.pretrain_teacher_decay if config.stage == "pretrain" else config.teacher_decay
+        move_towards(self.teacher, model, cosine(k, self.steps, first, 1.0))
 
     def evaluated(self, model: PrototypeNet) -> PrototypeNet:
         return model

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..checks import check_choice
 from ..distributed import Group, all_reduce_sum_differentiable, world_size
 
-Module = TypeVar("Module", bound=nn.Module)
+Built = TypeVar("Built")
 
 ENCODERS = ("small", "wrn-28-2", "wrn-28-8")
 
 
-def seeded(seed: int, build: Callable[[], Module]) -> Module:
+def seeded(seed: int, build: Callable[[], Built]) -> Built:
     """``build()`` with layers initialised from ``seed``; the global generator stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

@@ -138,9 +138,7 @@ def pretrain_phase(config: Config) -> Phase:
 
 
 def full_phase(config: Config) -> Phase:
-    """One prototype a class, labels; the last ``finetune_steps`` with two light views and a small learning
-    rate.
-    """
+    """One prototype a class, and labels; ``finetune_steps`` with light views and a small rate at the end."""
 
     def views(k: int) -> tuple[Strength, ...]:
         return config.views if k < config.steps else (config.light, config.light)
@@ -198,9 +196,8 @@ def embed_views(model: PrototypeNet, views: list[Tensor]) -> Tensor:
 def unlabelled_views(data: ImageData, config: Config, phase: Phase, k: int, group: Group) -> list[Tensor]:
     """This rank's part of the joint batch of step ``k`` in each view."""
     rows = shard(phase.batch, group)
-    index = batch_indices(len(data.train_images), phase.batch, seed=config.seed, stream="unlabelled", step=k)[
-        rows
-    ]
+    n = len(data.train_images)
+    index = batch_indices(n, phase.batch, seed=config.seed, stream="unlabelled", step=k)[rows]
     images = data.train_images[index.to(data.train_images.device)]
     random = generator(config.seed, "unlabelled views", k)
     return [augment.augment(images, view, random, rows=rows, total=phase.batch) for view in phase.views(k)]
