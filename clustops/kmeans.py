@@ -80,7 +80,7 @@ def kmeans(
             a random row; ``"keep"`` leaves its old centroid. After the last iteration, except for ``"keep"``,
             the farthest rows become centroids until no cluster is empty.
         precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
-            may multiply. Today all of them compute distances directly in fp32 (fp64 for fp64 input).
+            may multiply. Today all of them compute in fp32 (fp64 for fp64 input).
         seed: of all random draws.
         device: where to compute; default: where ``x`` lies. Chunks of ``x`` move there, never all of it.
         group: process group over which the rows are sharded: ``x``, ``weights``, ``lengths`` and the labels
