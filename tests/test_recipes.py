@@ -19,6 +19,7 @@ from clustops.recipes import (
     clustering,
     daino,
     deepcluster,
+    deepcluster_v2,
     networks,
     probe,
     prototypes,
@@ -62,6 +63,12 @@ SHORT: dict[str, tuple[ModuleType, Any]] = {
         deepcluster,
         deepcluster.Config(
             epochs=2, batch=40, n_clusters=12, probe_seeds=1, kmeans_iterations=3, checkpoint_every=3
+        ),
+    ),
+    "deepcluster-v2": (
+        deepcluster_v2,
+        deepcluster_v2.Config(
+            epochs=2, batch=40, n_clusters=12, heads=2, kmeans_iterations=3, checkpoint_every=3
         ),
     ),
 }
@@ -168,7 +175,7 @@ def _losses(rank: int, world: int, name: str) -> list[dict[str, float]]:
 
     module, config = SHORT[name]
     # So that every step is logged; DeepCluster logs epochs.
-    each = {"batch": 160, "epochs": 4} if name == "deepcluster" else {"log_every": 1}
+    each = {"batch": 160, "epochs": 4} if name.startswith("deepcluster") else {"log_every": 1}
     config = dataclasses.replace(config, **each)
     result: Result = module.train(few(), config, group=dist.group.WORLD if world > 1 else None)
     return result.history
@@ -192,6 +199,7 @@ def test_two_ranks_reach_the_losses_of_one_process_with_the_joint_batch(name: st
         ("suave", {"pretrain_steps": 40, "steps": 80, "mix": "none", "queue": 0}, 0.6),
         ("daino", {"pretrain_steps": 40, "steps": 80, "mix": "none"}, 0.6),
         ("deepcluster", {"epochs": 8}, 0.7),
+        ("deepcluster-v2", {"epochs": 8}, 0.6),
     ],
 )
 def test_a_short_run_learns(name: str, changes: dict[str, Any], least: float) -> None:

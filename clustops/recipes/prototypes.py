@@ -200,7 +200,7 @@ def unlabelled_views(data: ImageData, config: Config, phase: Phase, k: int, grou
     index = batch_indices(n, phase.batch, seed=config.seed, stream="unlabelled", step=k)[rows]
     images = data.train_images[index.to(data.train_images.device)]
     random = generator(config.seed, "unlabelled views", k)
-    return [augment.augment(images, view, random, rows=rows, total=phase.batch) for view in phase.views(k)]
+    return augment.multi_crop(images, phase.views(k), random, rows=rows, total=phase.batch)
 
 
 def labelled_views(
