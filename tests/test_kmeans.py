@@ -18,7 +18,7 @@ from support import RTOL, assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustops import kmeans_rows, native, reference
+from clustops import kmeans_rows, reference
 from clustops.checks import ClustopsWarning
 from clustops.kmeans import KMeansProgress, KMeansResult, kmeans, kmeans_assign
 from clustops.reference.kmeans_ops import unit_rows
@@ -102,11 +102,6 @@ def test_labels_are_not_stale_when_max_iter_ends_the_run(max_iter: int) -> None:
     assert torch.equal(found.labels, kmeans_assign(x, found.centroids)[0])
 
 
-@pytest.mark.xfail(
-    native.extension is not None,
-    reason="the kernel chooses by x.c - ||c||^2 / 2 in fp32, which cancels between groups far apart",
-    strict=True,
-)
 def test_rows_close_together_in_groups_far_apart_each_find_their_centroid() -> None:
     x = 0.05 * normal(0, 40, 8)
     x[:20] += 1e4

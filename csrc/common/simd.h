@@ -26,10 +26,11 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
   using Mask = __mmask16;
   friend Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   void store_where(Mask m, float* p) const { _mm512_mask_storeu_ps(p, m, v); }
-  friend uint32_t equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+  friend uint32_t not_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }  // also if NaN
 };
 
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
@@ -53,10 +54,11 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
   using Mask = __m256;
   friend Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
   void store_where(Mask m, float* p) const { _mm256_storeu_ps(p, _mm256_blendv_ps(_mm256_loadu_ps(p), v, m)); }
-  friend uint32_t equal(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)); }
+  friend uint32_t not_less(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)); }
 };
 
 inline float reduce_max(Vec a) {
@@ -101,6 +103,7 @@ struct Vec {
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
+  friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
   static uint32_t bits(Mask m) {
 #if defined(__SSE2__)
     return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(m)));
@@ -110,7 +113,7 @@ struct Vec {
   }
   friend Mask greater(Vec a, Vec b) { return a.v > b.v; }
   void store_where(Mask m, float* p) const { Vec{m ? v : load(p).v}.store(p); }
-  friend uint32_t equal(Vec a, Vec b) { return bits(a.v == b.v); }
+  friend uint32_t not_less(Vec a, Vec b) { return bits(~(a.v < b.v)); }
 };
 
 inline float reduce_max(Vec a) {

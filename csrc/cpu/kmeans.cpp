@@ -2,10 +2,12 @@
 //
 // With everything shifted by the mean centroid, the nearest centroid of a row maximises x.c - ||c||^2 / 2.
 // Centroids are packed into panels [features, kPanel], rows into tiles [features, kRows]; kRows x kPanel scores
-// stay in registers. Each row keeps, for each vector lane, its best score and the panel it came from, without a
-// branch: about ln(K) improvements a row would each be a mispredicted one. What is left at the end are the kVecs
-// centroids that share a lane of the winning panel: the direct distance ||x - c||^2 decides among them.
-// A score depends on its row and its centroid alone, so labels do not depend on tiles or threads.
+// stay in registers. Each row keeps, for each vector lane, its best score, the panel it came from, and the best score
+// of all other panels, without a branch: about ln(K) improvements a row would each be a mispredicted one.
+// A score is known up to a bound on its rounding. What could be the maximum within it is decided by the direct
+// distance ||x - c||^2: mostly the kVecs centroids of one lane of one panel; for a row where another panel comes as
+// close, all centroids. So labels are those of direct distances whatever the data, and do not depend on tiles or
+// threads.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -51,30 +53,15 @@ struct Layout {
   }
 };
 
-// The mean centroid: shifting by it keeps scores small where all data lie far from the origin. It is rounded to a
-// power of two no smaller than the spread of its column, so that data on a grid (pixels, integers) stay on it, and
-// equal distances give equal scores.
+// The mean centroid: shifting by it keeps scores small, and so their rounding, where all data lie far from the origin.
 void mean_of_columns(const KMeansAssign& a, int64_t b, int64_t first, float* mean) {
   const int64_t count = std::min(kMeanColumns, a.features - first);
   double sum[kMeanColumns] = {};
-  float low[kMeanColumns], high[kMeanColumns];
-  std::copy_n(a.centroid(b, 0) + first, count, low);
-  std::copy_n(a.centroid(b, 0) + first, count, high);
   for (int64_t k = 0; k < a.clusters; ++k) {
     const float* c = a.centroid(b, k) + first;
-    for (int64_t d = 0; d < count; ++d) {
-      sum[d] += c[d];
-      low[d] = c[d] < low[d] ? c[d] : low[d];
-      high[d] = c[d] > high[d] ? c[d] : high[d];
-    }
+    for (int64_t d = 0; d < count; ++d) sum[d] += c[d];
   }
-  for (int64_t d = 0; d < count; ++d) {
-    int exponent = 0;
-    std::frexp(static_cast<double>(high[d]) - low[d], &exponent);
-    const double grid = high[d] > low[d] ? std::ldexp(1.0, exponent) : 0.0;
-    const double exact = sum[d] / static_cast<double>(a.clusters);
-    mean[first + d] = static_cast<float>(grid > 0 ? std::nearbyint(exact / grid) * grid : exact);
-  }
+  for (int64_t d = 0; d < count; ++d) mean[first + d] = static_cast<float>(sum[d] / static_cast<double>(a.clusters));
 }
 
 void pack_panel(const KMeansAssign& a, int64_t b, int64_t p, const float* mean, float* neg_half_norms, float* panel) {
@@ -126,11 +113,19 @@ void pack_tile(const KMeansAssign& a, int64_t b, int64_t first, int64_t count, c
   }
 }
 
-// What a tile knows of its rows so far, for each lane: the best score, and the panel that gave it (as a float, exact
-// up to 2^24 panels).
+// What a tile knows of its rows so far, for each lane: the best score, the panel that gave it (as a float, exact up to
+// 2^24 panels), and the best score of the other panels.
 struct Best {
   float score[kRows][Vec::kWidth];
   float panel[kRows][Vec::kWidth];
+  float other[kRows][Vec::kWidth];
+
+  void clear() {
+    constexpr float kNone = -std::numeric_limits<float>::infinity();
+    std::fill_n(score[0], kRows * Vec::kWidth, kNone);
+    std::fill_n(other[0], kRows * Vec::kWidth, kNone);
+    std::fill_n(panel[0], kRows * Vec::kWidth, 0.0f);
+  }
 };
 
 // `best` after the first kUsed vectors of panel p.
@@ -161,7 +156,9 @@ inline void score_panel(const float* tile, const float* panel, const float* neg_
     Vec top = score[r][0];
 #pragma GCC unroll 4
     for (int v = 1; v < kUsed; ++v) top = max(top, score[r][v]);
-    const Vec::Mask better = greater(top, Vec::load(best.score[r]));  // strictly: the lowest panel stays
+    const Vec before = Vec::load(best.score[r]);
+    max(Vec::load(best.other[r]), min(before, top)).store(best.other[r]);
+    const Vec::Mask better = greater(top, before);
     top.store_where(better, best.score[r]);
     id.store_where(better, best.panel[r]);
   }
@@ -202,39 +199,79 @@ void prefetch(const float* row, int64_t features) {
   for (int64_t d = 0; d < features; d += kLine) __builtin_prefetch(row + d, 0, 2);
 }
 
-// The label and the distance of row n from what its tile knows: the lowest index among the nearest candidates.
-void decide(const KMeansAssign& a, int64_t b, int64_t n, const float* best, const float* panel) {
-  const Vec scores = Vec::load(best);
-  uint32_t lanes = equal(scores, Vec::set1(reduce_max(scores)));
-  if (lanes == 0) lanes = 1;  // no score at all: the row holds a NaN
-  int64_t label = -1;
-  float nearest = 0;
-  for (; lanes; lanes &= lanes - 1) {
-    const int lane = __builtin_ctz(lanes);
-    const int64_t first = static_cast<int64_t>(panel[lane]) * kPanel + lane;
-    const float* candidates[kVecs];
-    for (int v = 0; v < kVecs; ++v) {  // past the end, the first again
-      const int64_t k = first + v * Vec::kWidth;
-      candidates[v] = a.centroid(b, k < a.clusters ? k : first);
-    }
-    float distance[kVecs];
-    squared_distances(a.row(b, n), candidates, a.features, distance);
-    int64_t k = first;
-    float least = distance[0];
-    for (int v = 1; v < kVecs; ++v) {
-      k = distance[v] < least ? first + v * Vec::kWidth : k;
-      least = distance[v] < least ? distance[v] : least;
-    }
-    if (label < 0 || least < nearest || (least == nearest && k < label)) label = k, nearest = least;
+struct Nearest {
+  int64_t label;
+  float distance;
+};
+
+// The nearest of the centroids first, first + step, ... (kVecs of them, past the end `first` again), the lowest if equal.
+Nearest nearest_of(const KMeansAssign& a, int64_t b, int64_t n, int64_t first, int64_t step) {
+  const float* candidates[kVecs];
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t k = first + v * step;
+    candidates[v] = a.centroid(b, k < a.clusters ? k : first);
   }
-  a.labels[b * a.rows + n] = label;
-  a.distances[b * a.rows + n] = nearest;
+  float distance[kVecs];
+  squared_distances(a.row(b, n), candidates, a.features, distance);
+  Nearest found{first, distance[0]};
+  for (int v = 1; v < kVecs; ++v) {
+    found.label = distance[v] < found.distance ? first + v * step : found.label;
+    found.distance = distance[v] < found.distance ? distance[v] : found.distance;
+  }
+  return found;
+}
+
+bool comes_first(const Nearest& one, const Nearest& other) {
+  return one.distance < other.distance || (one.distance == other.distance && one.label < other.label);
+}
+
+// By all centroids. For a row with a NaN: label 0, and the distance says so.
+Nearest nearest_of_all(const KMeansAssign& a, int64_t b, int64_t n) {
+  Nearest nearest = nearest_of(a, b, n, 0, 1);
+  for (int64_t k = kVecs; k < a.clusters; k += kVecs) {
+    const Nearest found = nearest_of(a, b, n, k, 1);
+    if (found.distance < nearest.distance) nearest = found;
+  }
+  return nearest;
+}
+
+// Twice the bound on the rounding of a score: features + 1 fused multiply-adds, the shift of x and c, and the half norm,
+// each within 2^-24 of a sum of magnitudes of at most |x'| |c'| + |c'|^2 / 2. The row's own norm is at most its distance to
+// any centroid plus that one's norm.
+float rounding_slack(float distance, float largest_norm, int64_t features) {
+  const float row_norm = std::sqrt(distance) + largest_norm;
+  return 2.02f * 0x1p-24f * static_cast<float>(features + 8) * largest_norm * (row_norm + 0.5f * largest_norm);
+}
+
+Nearest decide(const KMeansAssign& a, int64_t b, int64_t n, float largest_norm, const Best& best, int r) {
+  const Vec scores = Vec::load(best.score[r]);
+  const float top = reduce_max(scores);
+  const int lane = __builtin_ctz(not_less(scores, Vec::set1(top)));
+  const auto look = [&](int l) {
+    return nearest_of(a, b, n, static_cast<int64_t>(best.panel[r][l]) * kPanel + l, Vec::kWidth);
+  };
+  Nearest nearest = look(lane);
+  const Vec least = Vec::set1(top - rounding_slack(nearest.distance, largest_norm, a.features));
+  // Also where a score or a distance is not finite.
+  if (not_less(Vec::load(best.other[r]), least)) return nearest_of_all(a, b, n);
+  for (uint32_t lanes = not_less(scores, least) & ~(1u << lane); lanes; lanes &= lanes - 1) {
+    const Nearest found = look(__builtin_ctz(lanes));
+    if (comes_first(found, nearest)) nearest = found;
+  }
+  return nearest;
+}
+
+float largest_norm_of(const float* neg_half_norms, int64_t clusters) {
+  float least = 0;
+  for (int64_t k = 0; k < clusters; ++k) least = neg_half_norms[k] < least ? neg_half_norms[k] : least;
+  return std::sqrt(-2 * least);
 }
 
 // Rows [first, first + count), a block at a time: pack it, pass all panels over it, decide.
 void assign_rows(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t first, int64_t count, float* tiles) {
   float* base = a.workspace + b * layout.problem;
   const float* neg_half_norms = base + layout.neg_half_norms;
+  const float largest_norm = largest_norm_of(neg_half_norms, a.clusters);
   const int64_t block = layout.tiles * kRows, end = first + count;
   Best best[kMaxTiles];
   for (int64_t n0 = first; n0 < end; n0 += block) {
@@ -242,8 +279,7 @@ void assign_rows(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t
     for (int64_t t = 0; t < used; ++t) {
       const int64_t n = n0 + t * kRows;
       pack_tile(a, b, n, std::min<int64_t>(kRows, end - n), base + layout.mean, tiles + t * kRows * a.features);
-      std::fill_n(best[t].score[0], kRows * Vec::kWidth, -std::numeric_limits<float>::infinity());
-      std::fill_n(best[t].panel[0], kRows * Vec::kWidth, 0.0f);
+      best[t].clear();
     }
     for (int64_t p = 0; p < layout.panels; ++p) {
       for (int64_t t = 0; t < used; ++t) {
@@ -255,7 +291,9 @@ void assign_rows(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t
       }
     }
     for (int64_t i = 0; i < std::min(block, end - n0); ++i) {
-      decide(a, b, n0 + i, best[i / kRows].score[i % kRows], best[i / kRows].panel[i % kRows]);
+      const Nearest nearest = decide(a, b, n0 + i, largest_norm, best[i / kRows], static_cast<int>(i % kRows));
+      a.labels[b * a.rows + n0 + i] = nearest.label;
+      a.distances[b * a.rows + n0 + i] = nearest.distance;
     }
   }
 }
