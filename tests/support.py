@@ -42,10 +42,14 @@ def assert_message(error: BaseException, *parts: str) -> None:
     text = str(error)
     for part in parts:
         assert part in text, f"{part!r} is not in the message: {text}"
-    assert " must be " in text and ", got " in text and "; " in text, f"not argument/expected/got/cure: {text}"
+    assert " must be " in text and ", got " in text and "; " in text, (
+        f"not argument/expected/got/cure: {text}"
+    )
 
 
-def _rank_main(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank_main(
+    rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
