@@ -66,7 +66,7 @@ class Config:
     labels_per_class: int = 4
     network: str = "small"
     sobel: bool = False
-    epochs: int = 50
+    epochs: int = 40
     batch: int = 64
     n_clusters: int = 30
     pca_dim: int = 64

@@ -51,6 +51,8 @@ class Config:
     Attributes:
         stage: ``"full"``: the whole system. ``"pretrain"``: without labels, evaluated by a linear probe.
         views: augmentation of each unlabelled view; the first two are the global ones, which give targets.
+            The default is the published scheme, two crops and two small ones. On digits, weak global views
+            with strong others serve both stages better, pre-training most.
         light: augmentation of the two views of the fine-tuning steps at the end.
         labelled_view: augmentation of the labelled images.
         n_prototypes: of pre-training; afterwards there is one for each class.
