@@ -42,9 +42,8 @@ def assert_message(error: BaseException, *parts: str) -> None:
     text = str(error)
     for part in parts:
         assert part in text, f"{part!r} is not in the message: {text}"
-    assert " must be " in text and ", got " in text and "; " in text, (
-        f"not argument/expected/got/cure: {text}"
-    )
+    for part in (" must be ", ", got ", "; "):
+        assert part in text, f"not argument/expected/got/cure: {text}"
 
 
 def _rank_main(
