@@ -6,6 +6,7 @@ Each message names the argument, what was expected, what came, and the cure.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any, NoReturn, SupportsIndex
 
 import numpy as np
@@ -46,21 +47,25 @@ def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
 
 
-def check_tensor(tensor: Any, name: str) -> None:
-    """Raise ``TypeError`` unless ``tensor`` is a tensor."""
+def check_tensor(tensor: Any, name: str, stack: str = "torch.stack(views)") -> None:
+    """Raise ``TypeError`` unless ``tensor`` is a dense tensor; ``stack`` makes one of a list of tensors."""
+    if isinstance(tensor, (list, tuple)) and any(isinstance(part, Tensor) for part in tensor):
+        reject(name, "one tensor", f"a {type(tensor).__name__} of tensors", f"stack them: {stack}", TypeError)
     if not isinstance(tensor, Tensor):
         reject(name, "a tensor", type(tensor).__name__, "pass torch.as_tensor(...) of it", TypeError)
+    if tensor.layout != torch.strided:
+        reject(name, "a dense tensor", tensor.layout, f"convert it: {name}.to_dense()", TypeError)
 
 
-def check_floating(tensor: Tensor, name: str) -> None:
+def check_floating(tensor: Tensor, name: str, stack: str = "torch.stack(views)") -> None:
     """Raise ``TypeError`` unless ``tensor`` is a floating point tensor of a supported dtype."""
-    check_tensor(tensor, name)
+    check_tensor(tensor, name, stack)
     if tensor.dtype not in FLOATING:
         reject(
             name,
             "float32, float64, bfloat16 or float16",
             tensor.dtype,
-            f"convert it: {name}.float()",
+            "convert it to float32",
             TypeError,
         )
 
@@ -92,6 +97,16 @@ def check_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str)
             tensor.device,
             f"move it: {name}.to({other_name}.device)",
         )
+
+
+def check_device(device: torch.device | str, name: str) -> None:
+    """Raise ``ValueError`` unless tensors with values can lie on ``device`` here."""
+    # Torch asserts where it is built without the device.
+    with suppress(RuntimeError, AssertionError):
+        if torch.empty(0, device=device).device.type != "meta":
+            return
+    cure = "clustops doctor shows what there is"
+    reject(name, "cpu or a device of this torch", repr(str(device)), cure)
 
 
 def check_positive(value: float, name: str, cure: str) -> None:

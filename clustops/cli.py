@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
@@ -13,8 +14,22 @@ from .cli_settings import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong usage or value, 130 interrupted.
+
+    141, as of other programs, where nobody reads the output any more.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(arguments: list[str]) -> int:
     try:
         if arguments[:1] == ["bench"]:
             return _bench(arguments[1:])
@@ -23,10 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except UsageError as error:
+    except BrokenPipeError:
+        raise
+    except (UsageError, ValueError, TypeError) as error:
         return _complain(str(error), 2)
-    # What a user can put right: bad values, missing or damaged files, missing packages.
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    # What a user can put right, too: missing files and packages.
+    except (OSError, ModuleNotFoundError) as error:
         return _complain(str(error), 1)
 
 
@@ -39,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="clustops", description="Cluster-based self- and semi-supervised learning."
     )
+    version = f"clustops {cli_doctor.version('clustops')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="demo | train | bench | doctor")
     _add_demo(commands.add_parser("demo", help="train all systems on 40 labelled digits"))
     cli_train.add_arguments(commands.add_parser("train", help="train one system on a data set of yours"))
@@ -53,7 +72,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "Train every system beside its controls, print one table, and write report.png and report.json."
     )
     add = parser.add_argument
-    add("--data", default="digits", help="digits (default), cifar10, cifar100, stl10, folder:PATH")
+    add("--data", default="digits", help=cli_train.DATA_HELP)
     add(
         "--data-root", type=Path, metavar="DIR", help="where data files lie (default: $CLUSTOPS_DATA, ./data)"
     )

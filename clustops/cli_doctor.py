@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _versions() -> list[str]:
     rows = [
-        ("clustops", f"{_version('clustops')}  ({Path(__file__).parent})"),
+        ("clustops", f"{version('clustops')}  ({Path(__file__).parent})"),
         ("torch", torch.__version__),
         ("numpy", np.__version__),
         ("python", f"{platform.python_version()} ({platform.python_implementation()})"),
@@ -38,7 +38,8 @@ def _versions() -> list[str]:
     return [f"  {name:<15}{value}" for name, value in rows]
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

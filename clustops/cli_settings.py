@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
+from .checks import check_count, check_device, check_positive, reject
+
 Config = TypeVar("Config")
+
+# Every other whole number but the seed is a count of at least 1.
+FROM_ZERO = {"queue", "finetune_steps", "cutout", "size"}
+SHARES = {"threshold", "push_threshold", "smoothing", "ema", "momentum", "grey", "crop"}
+SHARES |= {"teacher_decay", "pretrain_teacher_decay", "centre_decay"}
+ABOVE_ZERO = {"temperature", "teacher_temperature", "epsilon"}
 
 
 class UsageError(Exception):
@@ -35,8 +44,8 @@ def _replace(config: Config, path: str, text: str, presets: Mapping[str, Any]) -
     name, _, rest = path.partition(".")
     hints = typing.get_type_hints(type(config))
     if name not in hints:
-        close = difflib.get_close_matches(name, hints, n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
+        close = difflib.get_close_matches(name, hints, cutoff=0.5)
+        guess = f"; did you mean {' or '.join(close)}?" if close else ""
         raise UsageError(f"there is no setting {name!r}{guess} (there are: {', '.join(hints)})")
     if rest and not dataclasses.is_dataclass(hints[name]):
         raise UsageError(f"{name} has no parts, so there is no {path!r}; set {name} itself")
@@ -70,6 +79,31 @@ def _parse(text: str, hint: Any, key: str, presets: Mapping[str, Any]) -> Any:
         with suppress(ValueError):
             return hint(text)
     raise UsageError(f"{key} must be {describe(hint, presets)}, got {text!r}")
+
+
+def check(config: Any, inside: str = "") -> None:
+    """Raise ``ValueError`` unless counts, shares and the device in ``config`` and its parts are possible."""
+    for field, hint in typing.get_type_hints(type(config)).items():
+        name, value = inside + field, getattr(config, field)
+        for part in value if isinstance(value, tuple) else (value,):
+            if dataclasses.is_dataclass(part):
+                check(part, f"{name}.")
+        if hint is int and field != "seed":
+            least = 0 if field in FROM_ZERO else 1
+            check_count(value, name, least, f"set it to {least} or more")
+        elif isinstance(value, float):
+            _check_number(value, field, name)
+        elif field == "device":
+            check_device(value, name)
+
+
+def _check_number(value: float, field: str, name: str) -> None:
+    if not math.isfinite(value):
+        reject(name, "finite", value, "set it to a plain number")
+    if field in SHARES and not 0 <= value <= 1:
+        reject(name, "in [0, 1]", value, "set it to a share, such as 0.9")
+    if field in ABOVE_ZERO:
+        check_positive(value, name, "set it to a larger number")
 
 
 def describe(hint: Any, presets: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import arrays
 from . import kmeans_arguments as arguments
-from .checks import ClustopsWarning, check_choice, check_count, check_same_device, reject
+from .checks import ClustopsWarning, check_choice, check_count, check_device, check_same_device, reject
 from .distributed import Group, all_reduce_sum, check_group, rank
 from .kmeans_init import plus_plus, random_rows
 from .kmeans_lloyd import Fit, Report, expand_tolerance, leading, lloyd
@@ -164,6 +164,8 @@ def _rows(
         for name, given in (("weights", weights), ("lengths", lengths), ("init", start)):
             if given is not None:
                 check_same_device(given, name, data, "x")
+    else:
+        check_device(device, "device")
     rows = Rows(
         arguments.batched(data, 3),
         None if weights is None else arguments.batched(weights, 2),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import importlib
 import json
 import os
 import runpy
@@ -12,9 +13,12 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
+import torch
+from support import assert_message
 
-from clustops import cli, cli_doctor, native
+from clustops import cli, cli_doctor, cli_train, native
 from clustops.cli_settings import UsageError, apply, from_plain, listing
+from clustops.kmeans import kmeans
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +49,6 @@ def test_help_is_there(command: list[str], capsys: pytest.CaptureFixture[str]) -
     [
         [],
         ["fly"],
-        ["train"],
         ["train", "mocov3"],
         ["demo", "--seeds", "0"],
         ["demo", "--workers", "two"],
@@ -56,6 +59,49 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run(*arguments)
     assert end.value.code == 2
+
+
+def test_training_needs_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train") == 2
+    assert "train needs the NAME of a system, one of supervised, fixmatch" in complaint(capsys)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        run("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"clustops {cli_doctor.version('clustops')}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "train"])
+def test_help_names_all_data(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(command, "--help")
+    assert cli_train.DATA_HELP in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_says_which_systems_count_steps_and_which_epochs() -> None:
+    def counts(name: str, setting: str) -> bool:
+        module = importlib.import_module(f"clustops.recipes.{cli_train.SYSTEMS[name][0]}")
+        return hasattr(module.Config(), setting)
+
+    assert [name for name in cli_train.SYSTEMS if not counts(name, "steps")] == ["deepcluster"]
+    assert [name for name in cli_train.SYSTEMS if counts(name, "epochs")] == ["deepcluster"]
+
+
+def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "clustops", "train", "ccssl", "--list"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_the_module_runs_as_a_program() -> None:
@@ -117,6 +163,8 @@ def test_a_setting_takes_its_type(text: str, name: str, value: object) -> None:
     ("text", "message"),
     [
         ("steps", "--set takes KEY=VALUE, got 'steps'"),
+        ("lame=1", "there is no setting 'lame'; did you mean name or flag"),
+        ("epochs=1", "there is no setting 'epochs'; did you mean steps?"),
         ("step=1", "there is no setting 'step'; did you mean steps?"),
         ("steps=1.5", "steps must be a whole number, got '1.5'"),
         ("lr=fast", "lr must be a number, got 'fast'"),
@@ -201,8 +249,75 @@ def test_a_run_is_neither_overwritten_nor_mixed_up(
     assert "already holds a run; continue it with --resume" in complaint(capsys)
     assert run("train", "fixmatch", "--out", str(tmp_path), "--resume") == 2
     assert "holds a run of supervised on digits, not of fixmatch" in complaint(capsys)
-    assert run("train", "supervised", "--out", str(tmp_path), "--resume", "--set", "lr=1") == 1
-    assert "config must be that of" in complaint(capsys)
+    assert run("train", "supervised", "--out", str(tmp_path), "--resume", "--steps", "20") == 2
+    assert "steps must be 4 as in the run to resume, got 20; leave it out, or" in complaint(capsys)
+    assert run("train", "supervised", "--out", str(tmp_path), "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps must be at least 1, got 0; "),
+        (["--steps", "-3"], "steps must be at least 1, got -3; "),
+        (["--set", "batch=0"], "batch must be at least 1, got 0; "),
+        (["--set", "mu=0"], "mu must be at least 1, got 0; "),
+        (["--set", "weak.size=-1"], "weak.size must be at least 0, got -1; "),
+        (["--set", "threshold=1.5"], "threshold must be in [0, 1], got 1.5; "),
+        (["--set", "push_threshold=-1"], "push_threshold must be in [0, 1], got -1.0; "),
+        (["--set", "temperature=0"], "temperature must be finite and above 0, got 0.0; "),
+        (["--set", "lr=nan"], "lr must be finite, got nan; "),
+        (["--labels-per-class", "0"], "labels_per_class must be at least 1, got 0; "),
+        (["--labels-per-class", "5000"], "labels per class must be at most "),
+        (["--device", "gpu"], "device must be cpu or a device of this torch, got 'gpu'; clustops doctor"),
+        (["--device", "cuda:99"], "device must be cpu or a device of this torch, got 'cuda:99'; "),
+        (["--device", "meta"], "device must be cpu or a device of this torch, got 'meta'; "),
+        (["--data", "mnist"], "data must be one of digits"),
+    ],
+)
+def test_an_impossible_value_is_explained_before_anything_is_written(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "ccssl", "--out", str(tmp_path / "new"), *arguments) == 2
+    assert f"clustops: {message}" in complaint(capsys)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", cli_train.SYSTEMS)
+def test_the_defaults_are_possible(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", name, "--list") == 0
+    assert run("train", name, "--list", "--data", "cifar10") == 0
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_kmeans_explains_a_device_that_is_not_there(device: str) -> None:
+    with pytest.raises(ValueError, match="device must be cpu or") as error:
+        kmeans(torch.arange(6.0).view(3, 2), 2, device=device)
+    assert_message(error.value, device, "clustops doctor")
+
+
+def test_a_folder_of_a_failed_run_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clustops.recipes import supervised
+
+    def fails(*arguments: Any) -> None:
+        raise ValueError("diverged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "optimise", fails)
+        assert run("train", "supervised", "--out", str(tmp_path), *QUICK) == 2
+    assert run("train", "supervised", "--out", str(tmp_path), "--resume") == 2
+    assert "no checkpoint.pt" in complaint(capsys)
+    assert run("train", "supervised", "--out", str(tmp_path), *QUICK) == 0
+
+
+def test_a_checkpoint_of_the_first_stage_holds_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "checkpoint.pt").touch()
+    assert run("train", "suave", "--out", str(tmp_path)) == 2
+    assert "already holds a run" in complaint(capsys)
 
 
 def test_missing_data_are_explained_without_a_traceback(
@@ -228,6 +343,26 @@ def test_settings_are_listed_without_a_run(tmp_path: Path, capsys: pytest.Captur
     first = capsys.readouterr().out.splitlines()[0]
     assert first.split()[:2] == ["method", "fixmatch"]
     assert not (tmp_path / "o").exists()
+    assert run("train", "--list") == 0
+    assert capsys.readouterr().out.split() == list(cli_train.SYSTEMS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        ([], "steps", "400"),
+        (["--steps", "7"], "steps", "7"),
+        (["--set", "threshold=0.5"], "threshold", "0.5"),
+        (["--data", "cifar10"], "network", "wrn-28-2"),
+        (["--data", "cifar100", "--published"], "network", "wrn-28-8"),
+    ],
+)
+def test_the_listing_shows_what_the_arguments_set(
+    arguments: list[str], name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "ccssl", "--list", *arguments) == 0
+    shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines())
+    assert shown[name] == value
 
 
 @pytest.mark.slow
