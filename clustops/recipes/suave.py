@@ -94,7 +94,7 @@ def train(
         folder = None if out is None else out / "pretrain"
         pretrained = train(data, first, out=folder, resume=resume, progress=progress, group=group)
     data, labelled = prepare(data, config.labels_per_class, config.seed, config.device)
-    if pretrained is None:
+    if config.stage == "pretrain" or pretrained is None:
         name, model = "swav", prototypes.build(data, config, config.n_prototypes, group)
         phase = prototypes.pretrain_phase(config)
     else:
