@@ -41,6 +41,8 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
     ``clustops/reference/sampler.py``. So it resumes at any position at once, ranks are disjoint without
     talking to each other, and no global random state is touched.
 
+    The same epoch gives the same order, pass after pass: call ``set_epoch(epoch)`` before each pass.
+
     Without ``num_replicas`` every process iterates the same whole order: right for one process, Accelerate
     and Hugging Face's Trainer, which cut it up themselves. With it, rank r takes positions r, r + W, ...:
     right for plain DDP and Lightning. If W does not divide the epoch, its first indices come again at the
@@ -48,8 +50,8 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
 
     Args:
         labels: ``[N]`` integers, the cluster of each sample; negative ones are excluded, and so are empty
-            clusters. Tensor, NumPy array (memory-mapped too) or DLPack array. At most 2^31 - 1 samples a
-            cluster.
+            clusters. Below 2^24, 64 N or the length of ``cluster_weights``, whichever is largest. Tensor,
+            NumPy array (memory-mapped too) or DLPack array. At most 2^31 - 1 samples a cluster.
         num_samples: draws in an epoch, over all ranks; the default is the number of samples with a label.
         power: 1 draws clusters evenly (DeepCluster), 0.5 by the root of their size, 0 samples evenly.
         cluster_weights: ``[K]`` shares >= 0 in place of ``power``'s; an excluded cluster has share 0.

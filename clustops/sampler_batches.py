@@ -20,8 +20,11 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
     more. Batch b is a pure function of (seed, epoch, b), written down in ``clustops/reference/sampler.py``.
     Give it to ``DataLoader`` as ``batch_sampler``.
 
+    The same epoch gives the same order, pass after pass: call ``set_epoch(epoch)`` before each pass.
+
     Args:
-        labels: ``[N]`` integers, the cluster of each sample; negative ones and empty clusters are excluded.
+        labels: ``[N]`` integers below 2^24 or 64 N, the cluster of each sample; negative ones and empty
+            clusters are excluded.
         clusters_per_batch: P >= 1, at most the number of non-empty clusters.
         samples_per_cluster: m >= 1.
         num_batches: batches in an epoch, over all ranks; the default is ``labelled samples div (P m)``, 1 at

@@ -12,12 +12,13 @@ from torch.utils.data import DistributedSampler
 
 from .checks import check_count, reject
 from .reference.sampler import VERSION
-from .sampler_weights import check_labels, fingerprint, largest_label
+from .sampler_weights import check_labels, fingerprint, largest_label, renumbering
 
 T_co = TypeVar("T_co", covariant=True)
 
 _BLOCK = 1 << 14  # items computed at a time while iterating
 _LARGEST_CLUSTER = 2**31 - 1
+_MOST_CLUSTERS = 1 << 24  # more only with more samples: a table of empty clusters is most likely a mistake
 
 
 class ResumableSampler(DistributedSampler[T_co], ABC):
@@ -78,7 +79,11 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
             labels: ``[N]`` integers; negative ones are excluded. Read once, not kept.
         """
         tensor = check_labels(labels).detach().cpu()
-        k = max(largest_label(tensor) + 1, self._least_k)
+        label = largest_label(tensor)
+        bound = max(_MOST_CLUSTERS, 64 * tensor.numel(), self._least_k)
+        if label >= bound:
+            reject("labels", f"below {bound} for {tensor.numel()} samples", label, renumbering(tensor))
+        k = max(label + 1, self._least_k)
         members, offsets = torch.ops.clustops.cluster_members(tensor, k)
         if members.numel() == 0:
             reject(

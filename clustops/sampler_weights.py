@@ -7,6 +7,7 @@ import hashlib
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,6 @@ from .checks import (
     check_choice,
     check_count,
     check_finite,
-    check_positive,
     reject,
     shape_of,
     values_are_checked,
@@ -179,11 +179,14 @@ def cluster_members(labels: Any, k: int) -> tuple[Any, Any]:
 
 def check_labels(labels: Any, name: str = "labels") -> Tensor:
     """``labels`` as a tensor; raise unless they are ``[N]`` integers."""
+    if hasattr(labels, "labels"):
+        reject(name, "[N] integers", type(labels).__name__, "pass result.labels", TypeError)
     tensor = to_tensor(labels, name)
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        reject(name, "integers", tensor.dtype, f"convert them: {name}.long()", TypeError)
     if tensor.dim() != 1:
-        reject(name, "[N]", shape_of(tensor), "pass one label per sample")
+        cure = f"pass one label per sample, of one-hot rows {name}.argmax(1)"
+        reject(name, "[N]", shape_of(tensor), cure)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        reject(name, "integers", tensor.dtype, "convert them to int64", TypeError)
     return tensor
 
 
@@ -195,9 +198,16 @@ def largest_label(labels: Tensor) -> int:
             "labels",
             f"at most {_LARGEST_LABEL}",
             largest,
-            "number the clusters from 0: unique(return_inverse=True)",
+            renumbering(labels),
         )
     return largest
+
+
+def renumbering(labels: Tensor) -> str:
+    """How to number the clusters from 0 without gaps; negative labels stay -1."""
+    if bool((labels.long() < 0).any()):
+        return "renumber them: torch.unique(torch.as_tensor(labels).clip(-1), return_inverse=True)[1] - 1"
+    return "renumber them: torch.unique(torch.as_tensor(labels), return_inverse=True)[1]"
 
 
 def draw_weights(counts: Tensor, power: float) -> Tensor:
@@ -249,9 +259,10 @@ def fingerprint(*tensors: Tensor) -> str:
 
 def check_number(value: Any, name: str, cure: str) -> float:
     """``value`` as a float; raise unless it is a finite number."""
-    if value == 0 and not isinstance(value, bool):
-        return 0.0
-    check_positive(abs(value) if isinstance(value, (int, float)) else value, name, cure)
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        reject(name, "a finite number", type(value).__name__, cure, TypeError)
+    if not math.isfinite(value):
+        reject(name, "a finite number", value, cure)
     return float(value)
 
 

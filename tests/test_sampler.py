@@ -18,6 +18,7 @@ from support import assert_message, generator, seeds
 from torch.utils.data import DataLoader, DistributedSampler
 
 from clustops import metrics, sampler, sampler_batches, sampler_weights
+from clustops.kmeans import kmeans
 from clustops.sampler import InverseClusterSizeSampler
 
 SIZES = [1, 2, 5, 20, 90, 300, 800]
@@ -236,13 +237,21 @@ def test_trainers_see_a_distributed_sampler() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "parts"),
     [
-        ({"labels": torch.rand(3)}, TypeError, ("labels", "integers", "float32", "labels.long()")),
+        ({"labels": torch.rand(3)}, TypeError, ("labels", "integers", "float32", "to int64")),
         ({"labels": torch.tensor([True])}, TypeError, ("labels", "integers", "bool")),
         (
             {"labels": torch.zeros(2, 2, dtype=torch.int64)},
             ValueError,
             ("labels", "[N]", "[2, 2]", "one label"),
         ),
+        ({"labels": torch.eye(3)}, ValueError, ("labels", "[N]", "[3, 3]", "labels.argmax(1)")),
+        ({"labels": kmeans(torch.eye(3), 2)}, TypeError, ("labels", "integers", "pass result.labels")),
+        (
+            {"labels": [0, 10**8]},
+            ValueError,
+            ("labels", f"below {2**24}", str(10**8), "unique(torch.as_tensor(labels), "),
+        ),
+        ({"labels": [-3, 10**8]}, ValueError, ("labels", ".clip(-1), ")),
         ({"labels": torch.tensor([-1, -1])}, ValueError, ("labels", "0 or more", "2 without")),
         ({"labels": torch.zeros(0, dtype=torch.int64)}, ValueError, ("labels", "0 without")),
         ({"labels": [2**31]}, ValueError, ("labels", str(2**31), "unique")),
@@ -250,8 +259,8 @@ def test_trainers_see_a_distributed_sampler() -> None:
         ({"num_samples": 0}, ValueError, ("num_samples", "at least 1", "0")),
         ({"num_samples": 2.5}, TypeError, ("num_samples", "integer", "2.5")),
         ({"num_samples": 2**60}, ValueError, ("num_samples", "2^60")),
-        ({"power": float("nan")}, ValueError, ("power", "nan")),
-        ({"power": "1"}, TypeError, ("power", "str")),
+        ({"power": float("nan")}, ValueError, ("power", "a finite number", "nan")),
+        ({"power": "1"}, TypeError, ("power must be a finite number", "got str")),
         ({"replacement": "never"}, ValueError, ("replacement", "'cover'", "'never'")),
         ({"seed": 1.5}, TypeError, ("seed", "integer", "1.5")),
         ({"num_replicas": 2}, ValueError, ("rank", "num_replicas=2")),
@@ -276,6 +285,21 @@ def test_bad_arguments_are_named(
     with pytest.raises(error) as caught:
         InverseClusterSizeSampler(**{"labels": [0, 1, 1], **arguments})
     assert_message(caught.value, *parts)
+
+
+def test_labels_far_apart_are_cured_by_renumbering() -> None:
+    labels = torch.tensor([-7, 10**8, 5, 10**8])
+    renumbered = torch.unique(labels.clip(-1), return_inverse=True)[1] - 1
+    assert renumbered.tolist() == [-1, 1, 0, 1]
+    assert InverseClusterSizeSampler(renumbered).members.tolist() == [2, 1, 3]
+
+
+def test_one_epoch_has_one_order_and_another_another() -> None:
+    order = InverseClusterSizeSampler(torch.arange(40) % 4)
+    first = list(order)
+    assert list(order) == first
+    order.set_epoch(1)
+    assert list(order) != first
 
 
 def test_bad_positions_and_epochs_are_named() -> None:

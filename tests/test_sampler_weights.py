@@ -167,7 +167,7 @@ def test_bad_weights_are_named(
         (lambda: cluster_members([0, 3], 3), ValueError, ("labels", "below k = 3", "3")),
         (lambda: cluster_members([0, 1], 0), ValueError, ("k", "at least 1", "0")),
         (lambda: cluster_members([0.5], 1), TypeError, ("labels", "integers", "float64")),
-        (lambda: cluster_members([[0]], 1), ValueError, ("labels", "[N]", "[1, 1]")),
+        (lambda: cluster_members([[0]], 1), ValueError, ("labels", "[N]", "[1, 1]", "argmax")),
     ],
 )
 def test_bad_quotas_and_members_are_named(call: Any, error: type[Exception], parts: tuple[str, ...]) -> None:
