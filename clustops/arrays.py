@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import reject
+from .checks import check_tensor, reject
 
 
 def to_tensor(array: Any, name: str) -> Tensor:
@@ -19,6 +19,7 @@ def to_tensor(array: Any, name: str) -> Tensor:
         TypeError, ValueError: ``array`` is no tensor, no array or list of real numbers, and has no DLPack.
     """
     if isinstance(array, Tensor):
+        check_tensor(array, name)
         return array
     if isinstance(array, np.ndarray):
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:

@@ -51,12 +51,12 @@ def ccssl_loss(
         labels: ``[N]`` integers; -1 for a sample that only its own views pull.
         confidence: ``[N]`` in [0, 1]; ``None`` means 1.
         temperature: above 0.
-        threshold: samples below it are pulled by their own views only; ``None``: no threshold.
+        threshold: at least 0; samples below it are pulled by their own views only; ``None``: no threshold.
         reweight: False takes 1 for p wherever p is a weight.
         self_weight: "one" or "confidence", see above.
         base_temperature: multiplies the loss by temperature / base_temperature; ``None``: by 1.
         normalize: divide rows by their norms; a zero row stays zero and has a zero gradient.
-        weights: ``[N]``, multiply the losses of a sample's rows.
+        weights: ``[N]``, at least 0, multiply the losses of a sample's rows.
         no_positive: rows where w sums to 0 have loss and gradient 0. "zero" counts them in the mean, "ignore"
             does not, "raise" rejects them (and waits for the device to know).
         reduction: "mean" over rows, "sum", or "none".

@@ -15,7 +15,7 @@ from .native import contrastive as _ops  # noqa: F401  defines clustops::contras
 
 def check_features(features: Tensor, group: Group) -> Tensor:
     """``features`` as contiguous ``[N, V, D]``; a matrix is rows of one view each."""
-    checks.check_floating(features, "features")
+    checks.check_floating(features, "features", "torch.stack(views, dim=1)")
     if features.ndim not in (2, 3):
         checks.reject(
             "features",
@@ -52,16 +52,36 @@ def check_per_sample(tensor: Tensor, name: str, features: Tensor) -> None:
             name,
             f"[N] with N = features.shape[0] = {n}",
             checks.shape_of(tensor),
-            "pass one number per sample, not per view",
+            _cure_of_shape(tensor, features),
         )
     checks.check_same_device(tensor, name, features, "features")
+
+
+def _cure_of_shape(tensor: Tensor, features: Tensor) -> str:
+    """What to do about a tensor that is not ``[N]``; ``features`` are ``[N, V, D]``."""
+    cure = "pass one number per sample, not per view"
+    if tensor.ndim != 1 or tensor.shape[0] == 0:
+        return cure
+    n, v, _ = features.shape
+    if tensor.shape[0] == v:
+        return f"{cure}, or did you mean features.transpose(0, 1)? views are the second axis"
+    if v == 1 and n % tensor.shape[0] == 0:
+        return f"{cure}, and stack the views to [N, V, D]: torch.stack(views, dim=1)"
+    return cure
 
 
 def check_labels(labels: Tensor, features: Tensor) -> Tensor:
     """``labels`` as int64."""
     checks.check_tensor(labels, "labels")
+    if labels.ndim == 2:
+        checks.reject(
+            "labels",
+            "[N] class indices, one per sample",
+            f"{labels.dtype} {checks.shape_of(labels)}",
+            "pass class indices, of one-hot rows labels.argmax(1)",
+        )
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        checks.reject("labels", "integers", labels.dtype, "convert them: labels.long()", TypeError)
+        checks.reject("labels", "integers", labels.dtype, "pass class indices: labels.long()", TypeError)
     check_per_sample(labels, "labels", features)
     if checks.values_are_checked(labels) and labels.numel() and int(labels.min()) < -1:
         checks.reject("labels", "at least -1", int(labels.min()), "give a sample without a class -1")
@@ -90,8 +110,8 @@ def check_threshold(threshold: float | None) -> float:
         return -math.inf
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
         checks.reject("threshold", "a number or None", type(threshold).__name__, "0.9 is usual", TypeError)
-    if not -math.inf <= threshold <= math.inf:
-        checks.reject("threshold", "a number or None", threshold, "pass None to switch it off")
+    if not threshold >= 0:
+        checks.reject("threshold", "at least 0", threshold, "pass None to switch it off")
     return float(threshold)
 
 
@@ -101,8 +121,11 @@ def check_weights(weights: Tensor | None, features: Tensor) -> Tensor | None:
         return None
     checks.check_floating(weights, "weights")
     check_per_sample(weights, "weights", features)
+    weights = weights.detach()
     checks.check_finite(weights, "weights")
-    return weights.detach()
+    if checks.values_are_checked(weights) and weights.numel() and float(weights.min()) < 0:
+        checks.reject("weights", "at least 0", float(weights.min()), "0 leaves a sample out as an anchor")
+    return weights
 
 
 class _ShardedRows(torch.autograd.Function):

@@ -117,12 +117,12 @@ def lengths_of(lengths: Any, x: Tensor, k: int, group: Group = None) -> Tensor |
 def labels_of(labels: Any, x: Tensor, k: int) -> Tensor:
     """``labels`` as an int64 tensor of the shape of the rows of ``x``, in ``[-1, k)``, checked."""
     result = arrays.to_tensor(labels, "labels")
+    if result.shape != x.shape[:-1]:
+        expected = f"{list(x.shape[:-1])}, one for each row of x"
+        cure = "pass one label a row, of one-hot rows labels.argmax(-1)"
+        reject("labels", expected, shape_of(result), cure)
     _check_integers(result, "labels")
     check_same_device(result, "labels", x, "x")
-    if result.shape != x.shape[:-1]:
-        reject(
-            "labels", f"{list(x.shape[:-1])}, one for each row of x", shape_of(result), "pass one label a row"
-        )
     if values_are_checked(result) and result.numel():
         low, high = int(result.min()), int(result.max())
         if low < -1 or high >= k:
@@ -153,4 +153,4 @@ def centroids_of(centroids: Any, x: Tensor, name: str = "centroids", k: int | No
 def _check_integers(tensor: Any, name: str) -> None:
     check_tensor(tensor, name)
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        reject(name, "an integer tensor", tensor.dtype, f"convert it: {name}.long()", TypeError)
+        reject(name, "an integer tensor", tensor.dtype, "convert it to int64", TypeError)

@@ -98,7 +98,7 @@ def swapped_prediction_loss(
     assigned = _take(scores.detach(), assign_views)
     if potentials is None:
         seen, seen_weights = _with_queue(assigned, queue_scores, weights, group)
-        bias = solve(seen, None, seen_weights, None, group, settings)
+        bias = solve(seen, None, seen_weights, None, group, settings, axes=" (scores are [views, B, K])")
     elif queue_scores is not None:
         reject(
             "queue_scores",
@@ -219,6 +219,9 @@ def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str
 
 
 def _check_views(assign_views: Sequence[int], n_views: int) -> None:
+    if not hasattr(assign_views, "__len__"):
+        got = type(assign_views).__name__
+        reject("assign_views", "a sequence of view numbers such as (0, 1)", got, "list the views", TypeError)
     if len(assign_views) == 0 or len(set(assign_views)) != len(assign_views):
         reject(
             "assign_views",

@@ -157,7 +157,7 @@ def prior_row(prior: Tensor | None, scores: Tensor) -> Tensor | None:
     return prior
 
 
-def warn_if_starved(n_prototypes: int, rows: int, group: Group) -> None:
+def warn_if_starved(n_prototypes: int, rows: int, group: Group, axes: str = "") -> None:
     """Warn, once a process, when there are more prototypes than rows to spread over them."""
     global _warned
     if _warned or torch.compiler.is_compiling() or rows == 0:
@@ -166,8 +166,8 @@ def warn_if_starved(n_prototypes: int, rows: int, group: Group) -> None:
     if n_prototypes > batch:
         _warned = True
         warnings.warn(
-            f"{n_prototypes} prototypes share an effective batch of {batch} rows: their equal use makes the "
-            f"targets nearly uniform and the loss stays near ln({n_prototypes}) = "
+            f"{n_prototypes} prototypes share an effective batch of {batch} rows{axes}: their equal use "
+            f"makes the targets nearly uniform and the loss stays near ln({n_prototypes}) = "
             f"{math.log(n_prototypes):.2f}; use a queue, a larger batch or fewer prototypes (a larger "
             f"epsilon is no cure). This is said once.",
             ClustopsWarning,
@@ -184,10 +184,14 @@ def solve(
     settings: Settings,
     *,
     differentiable: bool = False,
+    axes: str = "",
 ) -> Tensor:
-    """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``, of checked scores ``[P, B, K]``."""
+    """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``, of checked scores ``[P, B, K]``.
+
+    ``axes`` goes into the warning about the batch.
+    """
     if settings.n_iters > 0 and settings.relax is None:
-        warn_if_starved(problems.shape[-1], problems.shape[-2], group)
+        warn_if_starved(problems.shape[-1], problems.shape[-2], group, axes)
     if group is not None:
         return _solve_over_ranks(problems, prior, weights, init, group, settings, differentiable)
     function = reference.sinkhorn_potentials if differentiable else torch.ops.clustops.sinkhorn_potentials

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -141,7 +142,8 @@ BAD = [
     (ccssl_loss, CCSSL, "temperature", -1, ValueError, "above 0", "-1"),
     (ccssl_loss, CCSSL, "temperature", "hot", TypeError, "a number", "str"),
     (ccssl_loss, CCSSL, "base_temperature", 0.0, ValueError, "above 0", "0.0"),
-    (ccssl_loss, CCSSL, "threshold", math.nan, ValueError, "a number or None", "nan"),
+    (ccssl_loss, CCSSL, "threshold", math.nan, ValueError, "at least 0", "nan"),
+    (ccssl_loss, CCSSL, "threshold", -5, ValueError, "at least 0", "-5"),
     (ccssl_loss, CCSSL, "threshold", "0.9", TypeError, "a number or None", "str"),
     (ccssl_loss, CCSSL, "self_weight", "two", ValueError, "'one', 'confidence'", "'two'"),
     (ccssl_loss, CCSSL, "no_positive", "nan", ValueError, "'zero', 'ignore', 'raise'", "'nan'"),
@@ -149,6 +151,8 @@ BAD = [
     (ccssl_loss, CCSSL, "weights", LABELS, TypeError, "float32", "torch.int64"),
     (ccssl_loss, CCSSL, "weights", torch.ones(N, V), ValueError, "[N]", "[5, 2]"),
     (ccssl_loss, CCSSL, "weights", torch.full((N,), math.inf), ValueError, "finite", "5 NaN or infinite"),
+    (ccssl_loss, CCSSL, "weights", CONFIDENCE - 0.5, ValueError, "at least 0", "-0.5"),
+    (weighted_contrastive_loss, WEIGHTED, "weights", CONFIDENCE - 0.5, ValueError, "at least 0", "-0.5"),
     (ccssl_loss, CCSSL, "group", "world", ValueError, "None where torch.distributed", "str"),
     (info_nce_loss, {"features": FEATURES}, "features", FEATURES[:, 0], ValueError, "[N, V, D]", "[5, 4]"),
     (
@@ -212,6 +216,26 @@ def test_a_bad_argument_is_named(
     with pytest.raises(error) as caught:
         function(**{**good, name: value})
     assert_message(caught.value, f"{name} must be ", expected, got)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "cure"),
+    [
+        ([FEATURES[:, 0], FEATURES[:, 1]], LABELS, "torch.stack(views, dim=1)"),
+        (
+            FEATURES.transpose(0, 1),
+            LABELS,
+            "did you mean features.transpose(0, 1)? views are the second axis",
+        ),
+        (FEATURES.flatten(0, 1), LABELS, "stack the views to [N, V, D]: torch.stack(views, dim=1)"),
+        (FEATURES, torch.eye(N), "labels.argmax(1)"),
+        (FEATURES, LABELS.float(), "class indices: labels.long()"),
+    ],
+)
+def test_what_was_meant_is_guessed(features: Any, labels: torch.Tensor, cure: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(cure)) as caught:
+        supcon_loss(features, labels)
+    assert_message(caught.value)
 
 
 def test_a_row_without_positives_is_rejected_on_request() -> None:

@@ -247,6 +247,7 @@ def test_numpy_results_carry_no_gradient() -> None:
         (np.array(["a"]), TypeError, "got dtype <U1"),
         (np.zeros(2, dtype=np.longdouble), TypeError, "got dtype"),
         ([[1.0], [2.0, 3.0]], ValueError, "got rows of several lengths"),
+        (torch.eye(2).to_sparse(), TypeError, "got torch.sparse_coo"),
     ],
 )
 def test_what_is_no_array_of_numbers_is_named(array: Any, error: type[Exception], got: str) -> None:
@@ -331,7 +332,19 @@ ONES = torch.ones(2)
             checks.check_floating,
             (ONES.int(), "x"),
             TypeError,
-            ("x must be float32", "got torch.int32", "x.float()"),
+            ("x must be float32", "got torch.int32", "convert it to float32"),
+        ),
+        (
+            checks.check_tensor,
+            ([ONES, ONES], "x"),
+            TypeError,
+            ("x must be one tensor", "got a list of tensors", "torch.stack(views)"),
+        ),
+        (
+            checks.check_tensor,
+            (ONES.to_sparse(), "x"),
+            TypeError,
+            ("dense", "torch.sparse_coo", "x.to_dense()"),
         ),
         (
             checks.check_same_device,

@@ -24,10 +24,11 @@ def of_rows(call: Callable[[Any], Any]) -> list[Case]:
     """What every function says of a bad ``x``."""
     return [
         (lambda: call("rows"), TypeError, ("x must be", "str", "convert")),
-        (lambda: call(X.long()), TypeError, ("x must be float32", "torch.int64", "x.float()")),
+        (lambda: call(X.long()), TypeError, ("x must be float32", "torch.int64", "to float32")),
         (lambda: call(X[0]), ValueError, ("x must be [N, D] or [B, N, D]", "[2]", "reshape")),
         (lambda: call(X[:, :0]), ValueError, ("x must be", "[10, 0]", "skip")),
         (lambda: call(torch.empty(0, 10, 2)), ValueError, ("x must be", "[0, 10, 2]", "empty batch")),
+        (lambda: call(X.to_sparse()), TypeError, ("x must be a dense tensor", "sparse_coo", "x.to_dense()")),
         (lambda: call(NAN), ValueError, ("x must be finite", "NaN", "remove or mask")),
         (lambda: call(INF), ValueError, ("x must be finite", "infinite", "remove or mask")),
     ]
@@ -47,7 +48,7 @@ def of_weights(call: Callable[[Any], Any]) -> list[Case]:
         (
             lambda: call(torch.ones(10).long()),
             TypeError,
-            ("weights must be float32", "int64", "weights.float()"),
+            ("weights must be float32", "int64", "to float32"),
         ),
         (lambda: call(-torch.ones(10)), ValueError, ("weights must be at least 0", "-1.0", "drop rows")),
         (lambda: call(torch.zeros(10)), ValueError, ("weights must be above 0", "all 0", "a weight")),
@@ -65,7 +66,7 @@ def of_centroids(name: str, call: Callable[[Any], Any]) -> list[Case]:
         (lambda: call(X[:3, :1]), ValueError, (f"{name} must be", "to fit x [10, 2]", "[3, 1]", "centroids")),
         (lambda: call(X[:3].unsqueeze(0)), ValueError, (f"{name} must be", "[1, 3, 2]", "centroids")),
         (lambda: call(X[:0]), ValueError, (f"{name} must be", "[0, 2]", "K >= 1")),
-        (lambda: call(X[:3].long()), TypeError, (f"{name} must be float32", "int64", "float()")),
+        (lambda: call(X[:3].long()), TypeError, (f"{name} must be float32", "int64", "to float32")),
         (lambda: call(NAN[:3]), ValueError, (f"{name} must be finite", "6 NaN", "remove")),
         (lambda: call(X[:3].to("meta")), ValueError, (f"{name} must be on the device of x", "meta", "move")),
     ]
@@ -76,9 +77,10 @@ def of_labels(call: Callable[[Any], Any]) -> list[Case]:
         (
             lambda: call(LABELS.float()),
             TypeError,
-            ("labels must be an integer tensor", "float32", "labels.long()"),
+            ("labels must be an integer tensor", "float32", "to int64"),
         ),
         (lambda: call(LABELS[:4]), ValueError, ("labels must be [10]", "[4]", "one label a row")),
+        (lambda: call(torch.eye(10)), ValueError, ("labels must be [10]", "[10, 10]", "labels.argmax(-1)")),
         (lambda: call(LABELS - 2), ValueError, ("labels must be in [0, 3)", "[-2, 0]", "count")),
         (lambda: call(LABELS + 1), ValueError, ("labels must be in [0, 3)", "[1, 3]", "count")),
         (lambda: call(LABELS.to("meta")), ValueError, ("labels must be on the device", "meta", "move")),
@@ -138,7 +140,7 @@ CASES: dict[str, list[Case]] = {
         (
             lambda: kmeans(X[None], 3, lengths=torch.ones(1)),
             TypeError,
-            ("lengths", "integer", "float32", "long()"),
+            ("lengths", "integer", "float32", "to int64"),
         ),
         (lambda: kmeans(np.array(["a"]), 1), TypeError, ("x must be", "dtype <U1", "astype")),
     ],

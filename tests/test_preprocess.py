@@ -215,7 +215,7 @@ X = torch.randn(6, 4, generator=generator(0))
     ("x", "dim", "eps", "error", "parts"),
     [
         ("text", 2, 1e-5, TypeError, ("x must be", "got str")),
-        (X.long(), 2, 1e-5, TypeError, ("x must be float32", "got torch.int64", "x.float()")),
+        (X.long(), 2, 1e-5, TypeError, ("x must be float32", "got torch.int64", "to float32")),
         (X[0], 2, 1e-5, ValueError, ("x must be [N, D] or [B, N, D]", "got [4]")),
         (X[:0], 2, 1e-5, ValueError, ("x must be at least one row", "got [0, 4]")),
         (X[:, :0], 1, 1e-5, ValueError, ("x must be at least one row", "got [6, 0]")),

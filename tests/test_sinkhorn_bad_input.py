@@ -18,6 +18,7 @@ S = torch.eye(6, 4)
 TEXT: Any = "0.1"
 HALF: Any = 2.5
 LIST: Any = [1.0] * 6
+VIEWS: Any = [S, S]
 V = S.expand(3, 6, 4)
 
 
@@ -96,6 +97,17 @@ BAD: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
         ValueError,
         ("assign_views", "different", "(1, 1)"),
     ),
+    (
+        lambda: swapped_prediction_loss(V, assign_views=HALF),
+        TypeError,
+        ("assign_views", "(0, 1)", "got float"),
+    ),
+    (lambda: swapped_prediction_loss(VIEWS), TypeError, ("scores", "list of tensors", "torch.stack(views)")),
+    (
+        lambda: swapped_prediction_loss(V, weights=-torch.ones(6)),
+        ValueError,
+        ("weights", "at least 0", "-1.0"),
+    ),
     (lambda: swapped_prediction_loss(V, assign_views=(0, 3)), ValueError, ("assign_views", "V = 3", "got 3")),
     (
         lambda: swapped_prediction_loss(V, assign_views=(-1,)),
@@ -134,6 +146,8 @@ BAD: list[tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = [
         ValueError,
         ("queue_scores", "None", "got both"),
     ),
+    (lambda: soft([S], [S]), TypeError, ("scores", "list of tensors", "torch.stack(views)")),
+    (lambda: soft(S, S, weights=-torch.ones(6)), ValueError, ("weights", "at least 0", "-1.0")),
     (lambda: soft(S, V), ValueError, ("target_scores", "[6, 4]", "got [3, 6, 4]", "pairs")),
     (lambda: soft(S, S.int()), TypeError, ("target_scores", "float32", "got torch.int32")),
     (lambda: soft(S, S.to("meta")), ValueError, ("target_scores", "device of scores", "meta")),

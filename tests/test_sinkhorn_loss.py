@@ -312,7 +312,9 @@ def test_a_queue_counts_as_batch_for_the_warning(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sinkhorn_solve, "_warned", False)
     scores = cosine_scores(0, 2, 8, 20)
     swapped_prediction_loss(scores, queue_scores=cosine_scores(1, 12, 20))
-    with pytest.warns(ClustopsWarning, match="20 prototypes share an effective batch of 19 rows"):
+    with pytest.warns(
+        ClustopsWarning, match="20 prototypes share an effective batch of 19 rows .scores are .views, B, K"
+    ):
         swapped_prediction_loss(scores, queue_scores=cosine_scores(1, 11, 20))
 
 
