@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
-from .checks import check_count, check_device, check_positive, reject
+from .checks import check_choice, check_count, check_device, check_positive, reject
+from .recipes.networks import ENCODERS
 
 Config = TypeVar("Config")
 
@@ -82,7 +83,7 @@ def _parse(text: str, hint: Any, key: str, presets: Mapping[str, Any]) -> Any:
 
 
 def check(config: Any, inside: str = "") -> None:
-    """Raise ``ValueError`` unless counts, shares and the device in ``config`` and its parts are possible."""
+    """Raise ``ValueError`` unless the values in ``config`` and its parts are possible."""
     for field, hint in typing.get_type_hints(type(config)).items():
         name, value = inside + field, getattr(config, field)
         for part in value if isinstance(value, tuple) else (value,):
@@ -95,12 +96,14 @@ def check(config: Any, inside: str = "") -> None:
             _check_number(value, field, name)
         elif field == "device":
             check_device(value, name)
+        elif field == "network":
+            check_choice(value, name, ENCODERS)
 
 
 def _check_number(value: float, field: str, name: str) -> None:
-    if not math.isfinite(value):
-        reject(name, "finite", value, "set it to a plain number")
-    if field in SHARES and not 0 <= value <= 1:
+    if not 0 <= value < math.inf:
+        reject(name, "finite and at least 0", value, "set it to 0 or more")
+    if field in SHARES and value > 1:
         reject(name, "in [0, 1]", value, "set it to a share, such as 0.9")
     if field in ABOVE_ZERO:
         check_positive(value, name, "set it to a larger number")
