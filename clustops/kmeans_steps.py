@@ -31,7 +31,7 @@ def kmeans_assign(
         centroids: ``[K, D]`` or ``[B, K, D]``.
         metric: ``"l2"`` or ``"cosine"``.
         precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
-            may multiply. Today all of them compute distances directly in fp32 (fp64 for fp64 input).
+            may multiply. Today all of them compute in fp32 (fp64 for fp64 input).
         top: how many of the nearest to return, in ``[1, K]``.
 
     Returns:
@@ -41,7 +41,8 @@ def kmeans_assign(
     Raises:
         TypeError, ValueError: an argument is not as above, or has a NaN or an infinity.
 
-    Cost: ``N K D`` multiply-adds. Memory: the results; ``"cosine"`` adds a normalised copy of ``x``.
+    Cost: ``N K D`` multiply-adds. Memory: the results and a copy of the centroids; ``"cosine"`` adds a
+    normalised copy of ``x``.
 
     >>> kmeans_assign(torch.tensor([[0.0], [4.0]]), torch.tensor([[1.0], [5.0]]))
     (tensor([0, 1]), tensor([1., 1.]))
