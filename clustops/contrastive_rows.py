@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from . import checks
 from .distributed import Group, all_gather_rows, all_reduce_sum, check_group, rank, world_size
 from .native import contrastive as _ops  # noqa: F401  defines clustops::contrastive_rows
+
+_warned = False
 
 
 def check_features(features: Tensor, group: Group) -> Tensor:
@@ -29,6 +32,22 @@ def check_features(features: Tensor, group: Group) -> Tensor:
         checks.reject("features", "not empty", checks.shape_of(features), "skip empty batches")
     checks.check_finite(features, "features")
     return (features if features.ndim == 3 else features[:, None]).contiguous()
+
+
+def warn_if_unnormalized(features: Tensor, normalize: bool) -> None:
+    """Warn, once a process, of rows whose norm is far from 1, where values are checked; zero rows may be."""
+    global _warned
+    if normalize or not checks.values_are_checked(features) or _warned or features.numel() == 0:
+        return
+    norms = torch.linalg.vector_norm(features.detach(), dim=-1)
+    if bool(((norms > 0) & ((norms - 1).abs() > 0.1)).any()):
+        _warned = True
+        warnings.warn(
+            f"features have rows of norm up to {float(norms.max()):.3g}, but the loss is one of cosines: "
+            "pass normalize=True or normalise them. This is said once.",
+            checks.ClustopsWarning,
+            stacklevel=3,
+        )
 
 
 def check_options(

@@ -12,6 +12,7 @@ import torch
 from support import assert_message, generator
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from clustops import checks, contrastive_rows
 from clustops.contrastive import ccssl_loss, info_nce_loss, pseudo_labels, supcon_loss
 from clustops.contrastive_modules import CCSSLLoss
 from clustops.contrastive_weighted import weighted_contrastive_loss
@@ -236,6 +237,17 @@ def test_what_was_meant_is_guessed(features: Any, labels: torch.Tensor, cure: st
     with pytest.raises((TypeError, ValueError), match=re.escape(cure)) as caught:
         supcon_loss(features, labels)
     assert_message(caught.value)
+
+
+def test_rows_far_from_norm_one_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_rows, "_warned", False)
+    info_nce_loss(FEATURES * 1.05)
+    info_nce_loss(FEATURES * 3, normalize=True)
+    info_nce_loss(FEATURES.index_fill(0, torch.tensor([2]), 0))
+    assert not contrastive_rows._warned
+    with pytest.warns(checks.ClustopsWarning, match="rows of norm up to 3, .* normalize=True"):
+        info_nce_loss(FEATURES * 3)
+    info_nce_loss(FEATURES * 3)
 
 
 def test_a_row_without_positives_is_rejected_on_request() -> None:

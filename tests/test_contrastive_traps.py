@@ -95,6 +95,7 @@ def test_a_self_similarity_above_all_others_is_not_subtracted() -> None:
     assert gradient(rows.sum(), features).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:features have rows of norm")
 def test_fp16_features_do_not_overflow() -> None:
     features = (unit_rows(9, 2, 8).detach() * 400).half().requires_grad_()
     labels = torch.arange(9) % 3
