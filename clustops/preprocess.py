@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from . import arrays
 from .checks import check_count, check_finite, check_floating, check_positive, reject, shape_of
@@ -57,7 +58,16 @@ def pca_whiten(x: Any, dim: int, *, eps: float = 1e-5) -> Any:
     rows = arrays.to_tensor(x, "x").detach()
     _check(rows, dim, eps)
     problems = rows if rows.ndim == 3 else rows.unsqueeze(0)
-    out: Tensor = torch.ops.clustops.pca_whiten(problems, dim, eps)
+    try:
+        out: Tensor = torch.ops.clustops.pca_whiten(problems, dim, eps)
+    except LinAlgError:
+        largest = float(problems.abs().max())
+        reject(
+            "x",
+            "features with a covariance that has eigenvectors in fp64",
+            f"values up to {largest:g}",
+            "look for a diverged model",
+        )
     return out_like(out if rows.ndim == 3 else out.squeeze(0))
 
 

@@ -241,3 +241,13 @@ def test_bad_input_says_what_and_how_to_cure_it(
 
 def test_examples_in_docstrings() -> None:
     assert doctest.testmod(preprocess).failed == 0
+
+
+def test_a_failed_decomposition_is_an_error_about_x(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    with pytest.raises(ValueError, match="x must be features") as caught:
+        pca_whiten(torch.randn(5, 3), 2)
+    assert_message(caught.value, "values up to", "diverged")
