@@ -26,6 +26,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, str]]] = {
     "fixmatch": ("ccssl", {"method": "fixmatch"}),
     "ccssl": ("ccssl", {"method": "ccssl"}),
     "deepcluster": ("deepcluster", {}),
+    "deepcluster-v2": ("deepcluster_v2", {}),
     "suave": ("suave", {}),
     "daino": ("daino", {}),
 }

@@ -86,8 +86,9 @@ def test_help_says_which_systems_count_steps_and_which_epochs() -> None:
         module = importlib.import_module(f"clustops.recipes.{cli_train.SYSTEMS[name][0]}")
         return hasattr(module.Config(), setting)
 
-    assert [name for name in cli_train.SYSTEMS if not counts(name, "steps")] == ["deepcluster"]
-    assert [name for name in cli_train.SYSTEMS if counts(name, "epochs")] == ["deepcluster"]
+    by_epochs = ["deepcluster", "deepcluster-v2"]
+    assert [name for name in cli_train.SYSTEMS if not counts(name, "steps")] == by_epochs
+    assert [name for name in cli_train.SYSTEMS if counts(name, "epochs")] == by_epochs
 
 
 def test_a_reader_that_stops_reading_gets_no_complaint() -> None:
