@@ -108,7 +108,10 @@ else
 fi
 step benchmarks 180 "python -m benchmarks --suite cuda" \
     "$python" -m benchmarks --suite cuda --seconds 1 --minutes 2.5 --out "$out"
-step cpu-tests 60 "pytest, all other tests" "$python" -m pytest -q -x -m "not cuda and not slow" tests
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+step cpu-tests 60 "pytest, all other tests" \
+    env OMP_NUM_THREADS=1 "$python" -m pytest -q -x "${workers[@]}" -m "not cuda and not slow" tests
 [ "$dry_run" = 1 ] && exit 0
 
 {

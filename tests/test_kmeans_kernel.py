@@ -179,7 +179,7 @@ def test_a_row_with_nan_or_infinity_gets_a_label_in_range(device: str) -> None:
 
 @pytest.mark.cuda
 @given(n=odd_sizes, k=odd_sizes, d=odd_sizes, seed=seeds)
-def test_the_gpu_agrees_with_fp64(n: int, k: int, d: int, seed: int) -> None:
+def test_small_shapes_on_the_gpu_agree_with_fp64(n: int, k: int, d: int, seed: int) -> None:
     g = generator(seed)
     check_against_fp64(torch.randn(2, n, d, generator=g).cuda(), torch.randn(2, k, d, generator=g).cuda())
 

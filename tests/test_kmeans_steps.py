@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -90,6 +89,7 @@ def test_distances_far_from_the_origin_do_not_cancel() -> None:
 
 
 def test_assignment_agrees_with_faiss_on_separated_clusters() -> None:
+    faiss = pytest.importorskip("faiss")
     centroids = 10 * normal(0, 50, 16)
     x = centroids.repeat(20, 1) + normal(1, 1000, 16)
     index = faiss.IndexFlatL2(16)
@@ -357,6 +357,7 @@ def test_repair_of_a_ragged_batch_leaves_padding_out() -> None:
 
 def faiss_iteration(x: Tensor, init: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """What faiss returns after one iteration, and the labels of that iteration."""
+    faiss = pytest.importorskip("faiss")
     n, d = x.shape
     k = init.shape[0]
     judge = faiss.Kmeans(d, k, niter=1, min_points_per_centroid=1, max_points_per_centroid=n)
@@ -388,6 +389,7 @@ def test_the_faiss_rule_is_that_of_faiss_bit_for_bit(seed: int, d: int, filled: 
 
 
 def test_reference_kmeans_follows_faiss_over_iterations() -> None:
+    faiss = pytest.importorskip("faiss")
     x = normal(0, 400, 4) + 5
     init = torch.cat([x[:6], torch.full((2, 4), 1e4)])
     judge = faiss.Kmeans(4, 8, niter=6, min_points_per_centroid=1, max_points_per_centroid=400)
