@@ -11,8 +11,7 @@ from . import extension, register, view
 
 def _fake(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1], top)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype)
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=ops.accumulator(x.dtype))
 
 
 def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

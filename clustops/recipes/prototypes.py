@@ -163,6 +163,19 @@ def build(data: ImageData, config: Config, n_prototypes: int, group: Group) -> P
     return seeded(derive(config.seed, "network"), network).to(config.device)
 
 
+def begin(
+    data: ImageData, config: Config, labelled: Tensor, pretrained: Result | Path | None, group: Group
+) -> tuple[PrototypeNet, Phase]:
+    """The network of ``config.stage`` as its training starts, and that training."""
+    if config.stage == "pretrain" or pretrained is None:
+        return build(data, config, config.n_prototypes, group), pretrain_phase(config)
+    model = build(data, config, data.n_classes, group)
+    start_from(model, pretrained)
+    if config.prototypes == "class_means":
+        use_class_means(model, data, labelled)
+    return model, full_phase(config)
+
+
 def start_from(model: PrototypeNet, pretrained: Result | Path) -> None:
     """Load the encoder and the projector of a pre-training, not its prototypes."""
     if isinstance(pretrained, Result):

@@ -94,16 +94,9 @@ def train(
         folder = None if out is None else out / "pretrain"
         pretrained = train(data, first, out=folder, resume=resume, progress=progress, group=group)
     data, labelled = prepare(data, config.labels_per_class, config.seed, config.device)
-    if config.stage == "pretrain" or pretrained is None:
-        name, model = "swav", prototypes.build(data, config, config.n_prototypes, group)
-        phase = prototypes.pretrain_phase(config)
-    else:
-        name, model = "suave", prototypes.build(data, config, data.n_classes, group)
-        prototypes.start_from(model, pretrained)
-        if config.prototypes == "class_means":
-            prototypes.use_class_means(model, data, labelled)
-        phase = prototypes.full_phase(config)
+    model, phase = prototypes.begin(data, config, labelled, pretrained, group)
     optimizer = torch.optim.SGD(weight_groups(model, config.weight_decay), config.lr, config.momentum)
     objective = _SwappedPrediction(config, group)
     run = Run(config, out, resume, progress, group)
+    name = "swav" if config.stage == "pretrain" else "suave"
     return prototypes.learn(name, data, labelled, phase, model, objective, optimizer, run)
