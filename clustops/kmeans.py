@@ -119,7 +119,7 @@ def kmeans(
     data = arguments.rows_of(x)
     _check_options(k, metric, init, n_init, max_iter, tol, empty, precision, seed, group)
     start = None if isinstance(init, str) else arguments.centroids_of(init, data, "init", k)
-    rows = _rows(data, k, weights, lengths, start, metric, device, group)
+    rows = _rows(data, k, weights, lengths, start, metric, precision, device, group)
     restarts = n_init if start is None else 1
     if start is not None:
         centroids = arguments.batched(start, 3).to(rows.device, rows.dtype)
@@ -155,6 +155,7 @@ def _rows(
     lengths: Any,
     start: Tensor | None,
     metric: str,
+    precision: str | None,
     device: torch.device | str | None,
     group: Group,
 ) -> Rows:
@@ -171,6 +172,7 @@ def _rows(
         None if weights is None else arguments.batched(weights, 2),
         lengths,
         metric=metric,
+        precision=arguments.precision_of(precision),
         device=None if device is None else torch.device(device),
         group=group,
     )
@@ -219,7 +221,7 @@ def _check_options(
     if not 0 <= tol < float("inf"):
         reject("tol", "finite and at least 0", tol, "0 runs all iterations")
     check_choice(empty, "empty", arguments.POLICIES)
-    arguments.check_precision(precision)
+    arguments.precision_of(precision)
     arguments.check_seed(seed)
     check_group(group)
 

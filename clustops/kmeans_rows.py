@@ -38,6 +38,7 @@ class Rows:
         lengths: Tensor | None,
         *,
         metric: str = "l2",
+        precision: str = "highest",
         device: torch.device | None = None,
         group: Group = None,
     ) -> None:
@@ -46,7 +47,7 @@ class Rows:
         Args:
             x: ``[B, N, D]``. weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
         """
-        self.x, self.metric, self.group = x, metric, group
+        self.x, self.metric, self.precision, self.group = x, metric, precision, group
         self.device = x.device if device is None else device
         self.dtype = accumulator(x.dtype)
         self.batch, self.n, self.d = x.shape
@@ -110,23 +111,33 @@ class Rows:
         """How many entries there are for each problem."""
         return entries.shape[0] // self.batch
 
-    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``."""
-        labels, distances, _, _ = self._sweep(centroids, with_sums=False)
+    def assign(self, centroids: Tensor, warm: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``.
+
+        Args:
+            warm: ``[E, N]``, guesses of the labels; good ones save time.
+        """
+        labels, distances, _, _ = self._sweep(centroids, warm, with_sums=False)
         return labels, distances
 
-    def assign_and_sum(self, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def assign_and_sum(
+        self, centroids: Tensor, warm: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``assign`` and, in the same pass, the sums ``[E, 2, K, D + 1]`` and counts ``[E, K]`` by label."""
-        labels, distances, sums, counts = self._sweep(centroids, with_sums=True)
+        labels, distances, sums, counts = self._sweep(centroids, warm, with_sums=True)
         return labels, distances, all_reduce_sum(sums, self.group), all_reduce_sum(counts, self.group)
 
-    def _sweep(self, centroids: Tensor, with_sums: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _sweep(
+        self, centroids: Tensor, warm: Tensor | None, with_sums: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         copies, (e, k, d) = self.copies(centroids), centroids.shape
         found, far = [], []
         sums = torch.zeros((e, 2, k, d + 1) if with_sums else 0, dtype=torch.float64, device=self.device)
         counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
         for rows, chunk in self.chunks(copies):
-            labels, distances = (t.squeeze(-1) for t in torch.ops.clustops.kmeans_assign(chunk, centroids, 1))
+            guess = None if warm is None else warm[:, rows]
+            nearest = torch.ops.clustops.kmeans_assign(chunk, centroids, 1, guess, self.precision)
+            labels, distances = (t.squeeze(-1) for t in nearest)
             if with_sums:
                 part = self.sum_rows(chunk, labels, repeat(self.weights[:, rows], copies), k)
                 sums, counts = sums + part[0], counts + part[1]

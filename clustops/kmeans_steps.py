@@ -55,13 +55,15 @@ def kmeans_assign(
     centres = arguments.centroids_of(centroids, rows)
     check_same_device(centres, "centroids", rows, "x")
     arguments.check_metric(metric)
-    arguments.check_precision(precision)
+    precision = arguments.precision_of(precision)
     check_count(top, "top", 1, "ask for the nearest centroid, 1, or more")
     if top > centres.shape[-2]:
         reject("top", f"at most the number of centroids, {centres.shape[-2]}", top, "ask for fewer")
     if metric == "cosine":
         rows, centres = unit_rows(rows), unit_rows(centres)
-    found = torch.ops.clustops.kmeans_assign(arguments.batched(rows, 3), arguments.batched(centres, 3), top)
+    found = torch.ops.clustops.kmeans_assign(
+        arguments.batched(rows, 3), arguments.batched(centres, 3), top, None, precision
+    )
     labels, distances = (_unbatched(t.squeeze(-1) if top == 1 else t, rows) for t in found)
     return kind(labels), kind(distances)
 

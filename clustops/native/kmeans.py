@@ -9,7 +9,9 @@ from ..reference import kmeans_ops as ops
 from . import extension, register, view
 
 
-def _fake(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _fake(
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1], top)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=ops.accumulator(x.dtype))
 
@@ -23,7 +25,9 @@ def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
     return x, centroids.float().contiguous(), labels, x.new_empty(x.shape[:2])
 
 
-def _cpu(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _cpu(
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+) -> tuple[Tensor, Tensor]:
     if top != 1 or x.dtype == torch.float64:
         return ops.assign_l2(x, centroids, top)
     x, centroids, labels, distances = _prepare(x, centroids)
@@ -33,7 +37,9 @@ def _cpu(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return labels.unsqueeze(-1), distances.unsqueeze(-1)
 
 
-def _cuda(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _cuda(
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+) -> tuple[Tensor, Tensor]:
     if top != 1 or x.dtype == torch.float64:
         return ops.assign_l2(x, centroids, top)
     x, centroids, labels, distances = _prepare(x, centroids)
@@ -46,7 +52,8 @@ def _cuda(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 register(
-    "kmeans_assign(Tensor x, Tensor centroids, int top) -> (Tensor labels, Tensor distances)",
+    "kmeans_assign(Tensor x, Tensor centroids, int top, Tensor? warm=None, str precision='highest')"
+    " -> (Tensor labels, Tensor distances)",
     reference=ops.assign_l2,
     fake=_fake,
     cpu=_cpu if hasattr(extension, "kmeans_assign") else None,

@@ -43,11 +43,15 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cdist(x.contiguous(), centroids.contiguous(), compute_mode=direct).square()
 
 
-def assign_l2(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def assign_l2(
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+) -> tuple[Tensor, Tensor]:
     """The ``top`` nearest centroids of each row, nearest first, ties to the lowest index.
 
     Args:
         x: ``[B, N, D]``. centroids: ``[B, K, D]``. top: in ``[1, K]``.
+        warm: ``[B, N]`` int64, guesses of the labels, from which a kernel may start; no result depends on them.
+        precision: the lowest in which a kernel may multiply; nothing is rounded here.
 
     Returns:
         labels ``[B, N, top]`` int64 and squared distances ``[B, N, top]``, fp32 (fp64 for fp64 input).
