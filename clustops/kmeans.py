@@ -172,7 +172,7 @@ def _rows(
         None if weights is None else arguments.batched(weights, 2),
         lengths,
         metric=metric,
-        precision=arguments.precision_of(precision),
+        precision=precision,
         device=None if device is None else torch.device(device),
         group=group,
     )
@@ -221,7 +221,7 @@ def _check_options(
     if not 0 <= tol < float("inf"):
         reject("tol", "finite and at least 0", tol, "0 runs all iterations")
     check_choice(empty, "empty", arguments.POLICIES)
-    arguments.precision_of(precision)
+    arguments.check_precision(precision)
     arguments.check_seed(seed)
     check_group(group)
 

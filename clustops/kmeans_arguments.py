@@ -49,12 +49,10 @@ def check_k(k: int, n: int, name: str = "k") -> None:
         reject(name, f"at most the number of rows, {n}", k, "ask for fewer clusters or pass more rows")
 
 
-def precision_of(precision: str | None) -> str:
-    """One of torch's three names; ``None`` is torch's own setting."""
-    if precision is None:
-        return torch.get_float32_matmul_precision()
-    check_choice(precision, "precision", ("highest", "high", "medium"))
-    return precision
+def check_precision(precision: object) -> None:
+    """Raise unless ``precision`` is ``None`` or one of torch's three names."""
+    if precision is not None:
+        check_choice(precision, "precision", ("highest", "high", "medium"))
 
 
 def check_metric(metric: object) -> None:

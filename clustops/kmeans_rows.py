@@ -38,7 +38,7 @@ class Rows:
         lengths: Tensor | None,
         *,
         metric: str = "l2",
-        precision: str = "highest",
+        precision: str | None = None,
         device: torch.device | None = None,
         group: Group = None,
     ) -> None:

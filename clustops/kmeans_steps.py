@@ -55,7 +55,7 @@ def kmeans_assign(
     centres = arguments.centroids_of(centroids, rows)
     check_same_device(centres, "centroids", rows, "x")
     arguments.check_metric(metric)
-    precision = arguments.precision_of(precision)
+    arguments.check_precision(precision)
     check_count(top, "top", 1, "ask for the nearest centroid, 1, or more")
     if top > centres.shape[-2]:
         reject("top", f"at most the number of centroids, {centres.shape[-2]}", top, "ask for fewer")

@@ -10,7 +10,7 @@ from . import extension, register, view
 
 
 def _fake(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1], top)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=ops.accumulator(x.dtype))
@@ -26,7 +26,7 @@ def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def _cpu(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     if top != 1 or x.dtype == torch.float64:
         return ops.assign_l2(x, centroids, top)
@@ -38,7 +38,7 @@ def _cpu(
 
 
 def _cuda(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     if top != 1 or x.dtype == torch.float64:
         return ops.assign_l2(x, centroids, top)
@@ -52,7 +52,7 @@ def _cuda(
 
 
 register(
-    "kmeans_assign(Tensor x, Tensor centroids, int top, Tensor? warm=None, str precision='highest')"
+    "kmeans_assign(Tensor x, Tensor centroids, int top, Tensor? warm=None, str? precision=None)"
     " -> (Tensor labels, Tensor distances)",
     reference=ops.assign_l2,
     fake=_fake,

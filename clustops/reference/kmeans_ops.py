@@ -44,14 +44,14 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
 
 
 def assign_l2(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str = "highest"
+    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The ``top`` nearest centroids of each row, nearest first, ties to the lowest index.
 
     Args:
         x: ``[B, N, D]``. centroids: ``[B, K, D]``. top: in ``[1, K]``.
-        warm: ``[B, N]`` int64, guesses of the labels, from which a kernel may start; no result depends on them.
-        precision: the lowest in which a kernel may multiply; nothing is rounded here.
+        warm: ``[B, N]`` int64, guesses of the labels: a kernel may start from them, no result depends on them.
+        precision: the lowest in which a kernel may multiply, ``None`` for torch's setting; nothing is rounded here.
 
     Returns:
         labels ``[B, N, top]`` int64 and squared distances ``[B, N, top]``, fp32 (fp64 for fp64 input).
