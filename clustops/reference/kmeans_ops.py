@@ -50,8 +50,8 @@ def assign_l2(
 
     Args:
         x: ``[B, N, D]``. centroids: ``[B, K, D]``. top: in ``[1, K]``.
-        warm: ``[B, N]`` int64, guesses of the labels: a kernel may start from them, no result depends on them.
-        precision: the lowest in which a kernel may multiply, ``None`` for torch's setting; nothing is rounded here.
+        warm: ``[B, N]`` int64, guesses of the labels; they change no result.
+        precision: the lowest in which a kernel may multiply; ``None``: torch's setting.
 
     Returns:
         labels ``[B, N, top]`` int64 and squared distances ``[B, N, top]``, fp32 (fp64 for fp64 input).
