@@ -105,20 +105,23 @@ void bind_machine(py::module_& m) {
         py::arg("bytes"), py::arg("seconds"), py::arg("threads"), release(), "GB/s, read plus written");
 }
 
+int64_t workspace_of_assign(const Tensor& x, const Tensor& centroids, int threads) {
+  if (centroids.dims != 3) return 0;
+  const int64_t* shape = centroids.shape;
+  return cpu::kernels().kmeans_assign_workspace(shape[0], shape[1], shape[2], x.dtype, threads);
+}
+
 void bind_kmeans(py::module_& m) {
-  m.def("kmeans_assign_workspace", [](int64_t problems, int64_t clusters, int64_t features, int threads) {
-    return cpu::kernels().kmeans_assign_workspace(problems, clusters, features, threads);
+  m.def("kmeans_assign_workspace", [](const Tensor& x, const Tensor& centroids, int threads) {
+    return workspace_of_assign(x, centroids, threads);
   });
   m.def(
       "kmeans_assign",
       [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
          const Tensor& workspace, int threads) {
-        const cpu::Kernels& kernels = cpu::kernels();
         threads = threads < 1 ? 1 : threads;
-        const int64_t size = centroids.dims == 3 ? kernels.kmeans_assign_workspace(centroids.shape[0], centroids.shape[1],
-                                                                                   centroids.shape[2], threads)
-                                                 : 0;
-        kernels.kmeans_assign(
+        const int64_t size = workspace_of_assign(x, centroids, threads);
+        cpu::kernels().kmeans_assign(
             clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cpu), threads);
       },
       py::call_guard<py::gil_scoped_release>());

@@ -213,7 +213,7 @@ def test_a_mistake_behind_the_checks_is_an_exception() -> None:
     view, kernel = native.view, native.extension.kmeans_assign
     x, centroids = torch.randn(1, 4, 3), torch.randn(1, 2, 3)
     labels, distances = torch.empty(1, 4, dtype=torch.int64), torch.empty(1, 4)
-    workspace = torch.empty(native.extension.kmeans_assign_workspace(1, 2, 3, 1))
+    workspace = torch.empty(native.extension.kmeans_assign_workspace(view(x), view(centroids), 1))
     good = {"x": x, "centroids": centroids, "labels": labels, "distances": distances, "workspace": workspace}
     bad = {
         "x": torch.randn(4, 3),

@@ -22,8 +22,8 @@ COMPILER = shutil.which("g++")
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SETS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")

@@ -17,23 +17,24 @@ def _fake(
 
 
 def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows as fp32 with neighbouring features (at any stride otherwise), and room for the result."""
-    x = x.float()
+    """Rows with neighbouring features (at any stride otherwise), and room for the result."""
+    dtype = ops.accumulator(x.dtype)
     if x.stride(-1) != 1:
         x = x.contiguous()
     labels = x.new_empty(x.shape[:2], dtype=torch.int64)
-    return x, centroids.float().contiguous(), labels, x.new_empty(x.shape[:2])
+    return x, centroids.to(dtype).contiguous(), labels, x.new_empty(x.shape[:2], dtype=dtype)
 
 
 def _cpu(
     x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    if top != 1 or x.dtype == torch.float64:
+    if top != 1:
         return ops.assign_l2(x, centroids, top)
     x, centroids, labels, distances = _prepare(x, centroids)
     threads = torch.get_num_threads()
-    workspace = x.new_empty(extension.kmeans_assign_workspace(*centroids.shape, threads))
-    extension.kmeans_assign(view(x), view(centroids), view(labels), view(distances), view(workspace), threads)
+    rows, centres = view(x), view(centroids)
+    workspace = torch.empty(extension.kmeans_assign_workspace(rows, centres, threads))
+    extension.kmeans_assign(rows, centres, view(labels), view(distances), view(workspace), threads)
     return labels.unsqueeze(-1), distances.unsqueeze(-1)
 
 
@@ -42,7 +43,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     if top != 1 or x.dtype == torch.float64:
         return ops.assign_l2(x, centroids, top)
-    x, centroids, labels, distances = _prepare(x, centroids)
+    x, centroids, labels, distances = _prepare(x.float(), centroids)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         extension.kmeans_assign_cuda(

@@ -8,17 +8,19 @@ KMeansAssign kmeans_assign_arguments(const Tensor& x, const Tensor& centroids, c
   expect_dims(x, "x", 3);
   expect_dims(centroids, "centroids", 3);
   const int64_t problems = x.shape[0], rows = x.shape[1], features = x.shape[2], clusters = centroids.shape[1];
-  expect(x, "x", DType::f32, device, {problems, rows, features}, 2);
-  expect(centroids, "centroids", DType::f32, device, {problems, clusters, features});
+  const DType exact = x.dtype == DType::f64 ? DType::f64 : DType::f32;
+  if (x.dtype == DType::i32 || x.dtype == DType::i64) throw std::invalid_argument("x must be floating point");
+  expect(x, "x", x.dtype, device, {problems, rows, features}, 2);
+  expect(centroids, "centroids", exact, device, {problems, clusters, features});
   expect(labels, "labels", DType::i64, device, {problems, rows});
-  expect(distances, "distances", DType::f32, device, {problems, rows});
+  expect(distances, "distances", exact, device, {problems, rows});
   expect(workspace, "workspace", DType::f32, device, {workspace_size});
   for (const Tensor* tensor : {&centroids, &labels, &distances, &workspace}) {
     if (tensor->device_index != x.device_index) throw std::invalid_argument("all tensors must be on the device of x");
   }
   if (clusters < 1) throw std::invalid_argument("centroids must hold at least one row for each problem");
-  return {x.as<const float>(), centroids.as<const float>(), labels.as<int64_t>(), distances.as<float>(),
-          workspace.as<float>(), problems, rows, clusters, features, x.strides[0], x.strides[1]};
+  return {x.data,   centroids.data, labels.as<int64_t>(), distances.data, workspace.as<float>(), problems, rows,
+          clusters, features,       x.strides[0],         x.strides[1],   x.dtype};
 }
 
 }  // namespace clustops

@@ -1,4 +1,4 @@
-// The arguments of the k-means kernels, checked once for CPU and CUDA alike.
+// The arguments of the k-means assignment, checked once for CPU and CUDA alike.
 #pragma once
 
 #include "host_device.h"
@@ -8,17 +8,22 @@ namespace clustops {
 
 // For each row of x the nearest centroid (squared L2, ties to the lowest index) and the distance to it.
 struct KMeansAssign {
-  const float* x;          // [problems, rows, features], rows and problems at any stride
-  const float* centroids;  // [problems, clusters, features]
-  int64_t* labels;         // [problems, rows]
-  float* distances;        // [problems, rows]
-  float* workspace;        // kmeans_assign_workspace() floats; none on a GPU
+  const void* x;          // [problems, rows, features], rows and problems at any stride
+  const void* centroids;  // [problems, clusters, features]: float64 if x is, float32 if not, as are the distances
+  int64_t* labels;        // [problems, rows]
+  void* distances;        // [problems, rows]
+  float* workspace;       // kmeans_assign_workspace() floats; none on a GPU
   int64_t problems, rows, clusters, features;
   int64_t problem_stride, row_stride;  // of x, in elements
+  DType dtype;                         // of x
 
-  CLUSTOPS_HOST_DEVICE const float* row(int64_t b, int64_t n) const { return x + b * problem_stride + n * row_stride; }
-  CLUSTOPS_HOST_DEVICE const float* centroid(int64_t b, int64_t k) const {
-    return centroids + (b * clusters + k) * features;
+  template <class T>
+  CLUSTOPS_HOST_DEVICE const T* row(int64_t b, int64_t n) const {
+    return static_cast<const T*>(x) + b * problem_stride + n * row_stride;
+  }
+  template <class T>
+  CLUSTOPS_HOST_DEVICE const T* centroid(int64_t b, int64_t k) const {
+    return static_cast<const T*>(centroids) + (b * clusters + k) * features;
   }
 };
 

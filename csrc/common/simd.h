@@ -3,6 +3,7 @@
 // Everything here has internal linkage: two sets must never share a function through the linker.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -20,6 +21,8 @@ struct Vec {
   __m512 v;
 
   static Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec load_first(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+  static __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
@@ -36,6 +39,30 @@ struct Vec {
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
+struct VecD {
+  static constexpr int kWidth = 8;
+  __m512d v;
+
+  static VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static VecD load_first(const double* p, int64_t n) {
+    return {_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p)};
+  }
+  static VecD set1(double x) { return {_mm512_set1_pd(x)}; }
+  friend VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
+  friend VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+};
+
+inline double reduce_add(VecD a) { return _mm512_reduce_add_pd(a.v); }
+
+// Sixteen bits a number, read as fp32.
+inline Vec widen_bf16(const uint16_t* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
+inline Vec widen_f16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
 // 2^n for integral n held in floats.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
@@ -48,6 +75,10 @@ struct Vec {
   __m256 v;
 
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec load_first(const float* p, int64_t n) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane))};
+  }
   static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
@@ -70,6 +101,33 @@ inline float reduce_add(Vec a) {
   __m128 m = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   m = _mm_add_ps(m, _mm_movehl_ps(m, m));
   return _mm_cvtss_f32(_mm_add_ss(m, _mm_shuffle_ps(m, m, 1)));
+}
+
+struct VecD {
+  static constexpr int kWidth = 4;
+  __m256d v;
+
+  static VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+  static VecD load_first(const double* p, int64_t n) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane))};
+  }
+  static VecD set1(double x) { return {_mm256_set1_pd(x)}; }
+  friend VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
+  friend VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+};
+
+inline double reduce_add(VecD a) {
+  const __m128d m = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(m, _mm_unpackhi_pd(m, m)));
+}
+
+inline Vec widen_bf16(const uint16_t* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
+}
+inline Vec widen_f16(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 
 inline Vec scale_by_power(Vec a, Vec n) {
@@ -95,6 +153,11 @@ struct Vec {
   static Vec load(const float* p) {
     Vec a;
     std::memcpy(&a.v, p, sizeof a.v);
+    return a;
+  }
+  static Vec load_first(const float* p, int64_t n) {
+    Vec a = set1(0.0f);
+    std::memcpy(&a.v, p, static_cast<std::size_t>(n) * sizeof(float));
     return a;
   }
   static Vec set1(float x) { return {Lanes{x, x, x, x}}; }
@@ -123,6 +186,49 @@ inline float reduce_max(Vec a) {
 }
 inline float reduce_add(Vec a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 
+struct VecD {
+  static constexpr int kWidth = 2;
+  typedef double Lanes __attribute__((vector_size(16)));
+  Lanes v;
+
+  static VecD load(const double* p) { return load_first(p, kWidth); }
+  static VecD load_first(const double* p, int64_t n) {
+    VecD a = set1(0.0);
+    std::memcpy(&a.v, p, static_cast<std::size_t>(n) * sizeof(double));
+    return a;
+  }
+  static VecD set1(double x) { return {Lanes{x, x}}; }
+  friend VecD operator-(VecD a, VecD b) { return {a.v - b.v}; }
+  friend VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
+};
+
+inline double reduce_add(VecD a) { return a.v[0] + a.v[1]; }
+
+inline Vec widen_bf16(const uint16_t* p) {
+  float wide[4];
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+    std::memcpy(&wide[i], &bits, sizeof bits);
+  }
+  return Vec::load(wide);
+}
+inline Vec widen_f16(const uint16_t* p) {
+  float wide[4];
+  for (int i = 0; i < 4; ++i) {
+    // The exponent and fraction moved to their places and the bias mended by a product: exact, also for denormals.
+    const uint32_t magnitude = static_cast<uint32_t>(p[i] & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value *= 0x1p112f;
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((p[i] & 0x7c00) == 0x7c00) bits = 0x7f800000u | (magnitude & 0x7fffffu);
+    bits |= static_cast<uint32_t>(p[i] & 0x8000) << 16;
+    std::memcpy(&wide[i], &bits, sizeof bits);
+  }
+  return Vec::load(wide);
+}
+
 inline Vec scale_by_power(Vec a, Vec n) {
   const Vec::Mask bias = (__builtin_convertvector(n.v, Vec::Mask) + 127) << 23;
   Vec::Lanes power;
@@ -135,5 +241,16 @@ inline Vec round_nearest(Vec a) {
 }
 
 #endif
+
+template <class T>
+struct VecFor;
+template <>
+struct VecFor<float> {
+  using type = Vec;
+};
+template <>
+struct VecFor<double> {
+  using type = VecD;
+};
 
 }  // namespace

@@ -29,7 +29,8 @@ const std::vector<Candidate>& candidates() {
     found.push_back({"avx512", &avx512::table,
                      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
-    found.push_back({"avx2", &avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+    found.push_back({"avx2", &avx2::table, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("f16c")});
     found.push_back({"sse2", &baseline::table, true});
 #else
     found.push_back({"neon", &baseline::table, true});

@@ -9,7 +9,7 @@
 namespace clustops::cpu {
 
 struct Kernels {
-  int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, int threads);
+  int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
   void (*kmeans_assign)(const KMeansAssign& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.

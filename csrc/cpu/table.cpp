@@ -3,7 +3,7 @@
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 
-int64_t kmeans_assign_workspace(int64_t problems, int64_t clusters, int64_t features, int threads);
+int64_t kmeans_assign_workspace(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
 void kmeans_assign(const KMeansAssign& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_exp(double seconds, int threads);

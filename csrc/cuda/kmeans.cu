@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kSide* kSide) assign(KMeansAssign a, int64_t b
     for (int64_t k0 = 0; k0 < a.clusters; k0 += kTile) {
       float sum[kEach][kEach] = {};
       for (int64_t d0 = 0; d0 < a.features; d0 += kStep) {
-        load_tile(xs, a.row(b, 0), a.row_stride, first, a.rows, d0, a.features);
-        load_tile(cs, a.centroid(b, 0), a.features, k0, a.clusters, d0, a.features);
+        load_tile(xs, a.row<float>(b, 0), a.row_stride, first, a.rows, d0, a.features);
+        load_tile(cs, a.centroid<float>(b, 0), a.features, k0, a.clusters, d0, a.features);
         __syncthreads();
 #pragma unroll
         for (int d = 0; d < kStep; ++d) {
@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kSide* kSide) assign(KMeansAssign a, int64_t b
         k = 0;
         distance = 0;
         for (int64_t d = 0; d < a.features; ++d) {
-          const float e = a.row(b, n)[d] - a.centroid(b, 0)[d];
+          const float e = a.row<float>(b, n)[d] - a.centroid<float>(b, 0)[d];
           distance += e * e;
         }
       }
       a.labels[b * a.rows + n] = k;
-      a.distances[b * a.rows + n] = distance;
+      static_cast<float*>(a.distances)[b * a.rows + n] = distance;
     }
     __syncthreads();  // before the next unit writes to best_*
   }

@@ -36,13 +36,13 @@ int main() {
   std::vector<int64_t> labels(b * n, -7);
   std::vector<float> distances(b * n, -7);
   clustops::KMeansAssign problem{x.data(), centroids.data(), labels.data(), distances.data(), nullptr, b, n, k, d,
-                                 n * d,    d};
+                                 n * d,    d, clustops::DType::f32};
 #ifdef CLUSTOPS_SIMT
   simt::order = static_cast<simt::Order>(option);
   clustops::cuda::kmeans_assign(problem, nullptr);
 #else
   namespace kernel = clustops::cpu::CLUSTOPS_ISA;
-  std::vector<float> workspace(kernel::kmeans_assign_workspace(b, k, d, option));
+  std::vector<float> workspace(kernel::kmeans_assign_workspace(b, k, d, problem.dtype, option));
   problem.workspace = workspace.data();
   kernel::kmeans_assign(problem, option);
 #endif
