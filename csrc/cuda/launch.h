@@ -2,6 +2,11 @@
 // that is how tests run it where there is no GPU.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #ifdef CLUSTOPS_SIMT
 
 #include "simt.h"
@@ -11,14 +16,26 @@
 #define CLUSTOPS_LAUNCH(kernel, grid, block, stream, ...) \
   (static_cast<void>(stream), simt::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
 
+// The block's dynamic shared memory as an array of bytes.
+#define CLUSTOPS_DYNAMIC_SHARED(name) unsigned char* const name = simt::dynamic_shared
+
+namespace clustops::cuda {
+
+inline void clear(void* data, std::size_t bytes, void*) { std::memset(data, 0, bytes); }
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,
+            const Arguments&... arguments) {
+  if (grid > 0) simt::launch(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, [&] { kernel(arguments...); });
+}
+
+}  // namespace clustops::cuda
+
 #else
 
 #include <cuda_runtime.h>
 
 #define CLUSTOPS_MAX_GRID (1 << 20)  // blocks of one launch; the rest is their loop
-
-#include <stdexcept>
-#include <string>
 
 #define CLUSTOPS_LAUNCH(kernel, grid, block, stream, ...)                          \
   do {                                                                             \
@@ -29,4 +46,38 @@
     }                                                                              \
   } while (false)
 
+#define CLUSTOPS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+namespace clustops::cuda {
+
+inline void must(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+inline void clear(void* data, std::size_t bytes, void* stream) {
+  must(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+// Nothing to do is no launch. More than 48 KB of dynamic shared memory must be asked for.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void* stream,
+            const Arguments&... arguments) {
+  if (grid <= 0) return;
+  if (shared > (48 << 10)) {
+    must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+         "cudaFuncSetAttribute");
+  }
+  kernel<<<static_cast<unsigned>(grid), block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  must(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace clustops::cuda
+
 #endif
+
+namespace clustops::cuda {
+
+// Blocks for `units` of work over which they loop.
+inline int64_t grid_for(int64_t units) { return units < CLUSTOPS_MAX_GRID ? units : CLUSTOPS_MAX_GRID; }
+
+}  // namespace clustops::cuda

@@ -1,6 +1,6 @@
 // A GPU in plain C++, for tests: each thread of a block is a fiber, and a block's fibers run in turn between barriers,
-// in forward, reverse or shuffled order. A kernel with a missing barrier gives another result in another order;
-// an access out of bounds is the address sanitizer's to find.
+// in forward, reverse or shuffled order. A kernel with a missing barrier gives another result in another order; one
+// whose threads wait at different barriers ends the program; an access out of bounds is the address sanitizer's to find.
 #pragma once
 
 #include <ucontext.h>
@@ -8,7 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -18,9 +22,11 @@
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
-#define __syncthreads() simt::barrier()
+#define __syncthreads() simt::wait(simt::Wait::block)
+#define __syncwarp() simt::wait(simt::Wait::warp)
 
 struct Index {
   unsigned x = 0;
@@ -33,12 +39,15 @@ enum class Order { forward, reverse, shuffled };
 inline Order order = Order::forward;
 
 constexpr std::size_t kStack = 64 << 10;
+constexpr unsigned kWarp = 32;
+
+enum class Wait { none, warp, block, ended };
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(kStack);
+  std::unique_ptr<char[]> stack{new char[kStack]};
   void* sanitizer = nullptr;
-  bool done = false;
+  Wait waits = Wait::none;
 };
 
 inline ucontext_t scheduler;
@@ -47,11 +56,12 @@ inline unsigned running;
 inline const std::function<void()>* body;
 inline const void* scheduler_stack;
 inline std::size_t scheduler_size;
+inline unsigned char* dynamic_shared;
 
 inline void enter_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
   void* mine = nullptr;
-  __sanitizer_start_switch_fiber(&mine, fiber.stack.data(), kStack);
+  __sanitizer_start_switch_fiber(&mine, fiber.stack.get(), kStack);
 #endif
   swapcontext(&scheduler, &fiber.context);
 #if defined(__SANITIZE_ADDRESS__)
@@ -61,7 +71,8 @@ inline void enter_fiber(Fiber& fiber) {
 
 inline void leave_fiber(Fiber& fiber) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fiber.sanitizer, scheduler_stack, scheduler_size);
+  void** keep = fiber.waits == Wait::ended ? nullptr : &fiber.sanitizer;
+  __sanitizer_start_switch_fiber(keep, scheduler_stack, scheduler_size);
 #endif
   swapcontext(&fiber.context, &scheduler);
 #if defined(__SANITIZE_ADDRESS__)
@@ -69,9 +80,10 @@ inline void leave_fiber(Fiber& fiber) {
 #endif
 }
 
-inline void barrier() {
-  leave_fiber((*fibers)[running]);
-  threadIdx.x = running;
+inline void wait(Wait barrier) {
+  Fiber& fiber = (*fibers)[running];
+  fiber.waits = barrier;
+  leave_fiber(fiber);
 }
 
 inline void fiber_main() {
@@ -80,37 +92,147 @@ inline void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_size);
 #endif
   (*body)();
-  fiber.done = true;
-  leave_fiber(fiber);
+  wait(Wait::ended);
 }
 
-// One round a barrier: every fiber runs up to its next one.
-inline void run_block(unsigned threads, std::mt19937& random) {
-  std::vector<Fiber> all(threads);
+// Lets threads [first, last) go on if all of them that have not ended wait at this barrier.
+inline bool release(unsigned first, unsigned last, Wait barrier) {
+  bool some = false;
+  for (unsigned t = first; t < last; ++t) {
+    const Wait waits = (*fibers)[t].waits;
+    if (waits != barrier && waits != Wait::ended) return false;
+    some |= waits == barrier;
+  }
+  for (unsigned t = first; t < last; ++t) {
+    if ((*fibers)[t].waits == barrier) (*fibers)[t].waits = Wait::none;
+  }
+  return some;
+}
+
+inline void run_block(std::vector<Fiber>& all, std::mt19937& random) {
+  const unsigned threads = static_cast<unsigned>(all.size());
   fibers = &all;
   for (Fiber& fiber : all) {
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStack;
+    fiber.waits = Wait::none;
     makecontext(&fiber.context, fiber_main, 0);
   }
   std::vector<unsigned> turn(threads);
   for (unsigned t = 0; t < threads; ++t) turn[t] = order == Order::reverse ? threads - 1 - t : t;
-  while (!all[0].done) {
+  for (;;) {
     if (order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random);
     for (unsigned t : turn) {
+      if (all[t].waits != Wait::none) continue;
       running = threadIdx.x = t;
       enter_fiber(all[t]);
     }
+    bool more = false;
+    for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
+    if (more || release(0, threads, Wait::block)) continue;
+    if (std::all_of(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.waits == Wait::ended; })) return;
+    std::fprintf(stderr, "threads of a block wait at different barriers\n");
+    std::exit(4);
   }
 }
 
-inline void launch(unsigned grid, unsigned block, const std::function<void()>& kernel) {
+// Shared memory holds garbage when a block starts.
+inline void launch(unsigned grid, unsigned block, std::size_t shared, const std::function<void()>& kernel) {
   std::mt19937 random(grid);
+  std::vector<Fiber> all(block);
   gridDim.x = grid;
   blockDim.x = block;
   body = &kernel;
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block(block, random);
+  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+    std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
+    std::memset(memory.get(), 0xcd, shared);
+    dynamic_shared = memory.get();
+    run_block(all, random);
+  }
+}
+
+inline void launch(unsigned grid, unsigned block, const std::function<void()>& kernel) { launch(grid, block, 0, kernel); }
+
+// What every lane of a warp gave, once all of them have.
+template <class T, class Use>
+auto exchange(T mine, const Use& use) {
+  static T given[1024];
+  const unsigned first = threadIdx.x / kWarp * kWarp, last = std::min(first + kWarp, blockDim.x);
+  given[threadIdx.x] = mine;
+  __syncwarp();
+  const auto result = use(given + first, threadIdx.x % kWarp, last - first);
+  __syncwarp();
+  return result;
 }
 
 }  // namespace simt
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return simt::exchange(value, [&](const T* all, unsigned, unsigned lanes) {
+    return all[static_cast<unsigned>(from) % simt::kWarp % lanes];
+  });
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return simt::exchange(value, [&](const T* all, unsigned lane, unsigned lanes) {
+    const unsigned from = lane ^ static_cast<unsigned>(mask);
+    return from < lanes ? all[from] : value;
+  });
+}
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned by) {
+  return simt::exchange(value, [&](const T* all, unsigned lane, unsigned) { return lane < by ? value : all[lane - by]; });
+}
+
+template <class T>
+T __shfl_down_sync(unsigned, T value, unsigned by) {
+  return simt::exchange(
+      value, [&](const T* all, unsigned lane, unsigned lanes) { return lane + by < lanes ? all[lane + by] : value; });
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  return simt::exchange(predicate, [](const int* all, unsigned, unsigned lanes) {
+    unsigned bits = 0;
+    for (unsigned l = 0; l < lanes; ++l) bits |= (all[l] != 0 ? 1u : 0u) << l;
+    return bits;
+  });
+}
+
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+
+inline int __syncthreads_or(int predicate) {
+  static int any;
+  __syncthreads();
+  any = 0;
+  __syncthreads();
+  any |= predicate != 0;
+  __syncthreads();
+  return any;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+// Fibers change only at barriers, so nothing comes between the two halves.
+template <class T, class V>
+T atomicAdd(T* where, V value) {
+  const T before = *where;
+  *where = before + static_cast<T>(value);
+  return before;
+}
+template <class T, class V>
+T atomicMax(T* where, V value) {
+  const T before = *where;
+  *where = std::max(before, static_cast<T>(value));
+  return before;
+}
+template <class T, class V>
+T atomicMin(T* where, V value) {
+  const T before = *where;
+  *where = std::min(before, static_cast<T>(value));
+  return before;
+}
