@@ -5,6 +5,7 @@
 #include "common/kmeans.h"
 #include "cpu/kernels.h"
 #ifdef CLUSTOPS_WITH_CUDA
+#include "common/kmeans_update.h"
 #include "cuda/kernels.h"
 #endif
 
@@ -138,10 +139,46 @@ void bind_kmeans(py::module_& m) {
 #endif
 }
 
+#ifdef CLUSTOPS_WITH_CUDA
+void bind_kmeans_update_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "kmeans_bounds_cuda",
+      [](const Tensor& x, const Tensor& weights, const Tensor& bounds, uintptr_t stream) {
+        cuda::kmeans_bounds(clustops::kmeans_bounds_arguments(x, weights, bounds, Device::cuda),
+                            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "kmeans_sums_cuda",
+      [](const Tensor& sums, const Tensor& counts, const Tensor& x, const Tensor& labels, const Tensor& weights,
+         const Tensor& grid, const std::optional<Tensor>& before, uintptr_t stream) {
+        cuda::kmeans_sums(clustops::kmeans_sums_arguments(x, labels, before ? &*before : nullptr, weights, grid, sums,
+                                                          counts, Device::cuda),
+                          reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def("kmeans_means_blocks", &clustops::kmeans_means_blocks);
+  m.def(
+      "kmeans_means_cuda",
+      [](const Tensor& sums, const Tensor& previous, const Tensor& means, const Tensor& shift, const Tensor& workspace,
+         uintptr_t stream) {
+        cuda::kmeans_means(
+            clustops::kmeans_means_arguments(sums, previous, means, shift, workspace, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
   m.doc() = "Kernels of clustops over DLPack tensors; clustops.native gives them to torch.";
   bind_machine(m);
   bind_kmeans(m);
+#ifdef CLUSTOPS_WITH_CUDA
+  bind_kmeans_update_cuda(m);
+#endif
 }

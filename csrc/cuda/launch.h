@@ -21,7 +21,9 @@
 
 namespace clustops::cuda {
 
-inline void clear(void* data, std::size_t bytes, void*) { std::memset(data, 0, bytes); }
+inline void clear(void* data, std::size_t bytes, void*) {
+  if (bytes > 0) std::memset(data, 0, bytes);
+}
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,
@@ -55,6 +57,7 @@ inline void must(cudaError_t error, const char* what) {
 }
 
 inline void clear(void* data, std::size_t bytes, void* stream) {
+  if (bytes == 0) return;
   must(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 

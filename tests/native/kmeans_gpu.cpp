@@ -1,0 +1,92 @@
+// Runs the CUDA kernels of the k-means update on the CPU (simt.h), so that a sanitizer can watch them.
+// Arguments: operation, order of the threads of a block (0, 1, 2), dtype of x, sizes. stdin: the inputs one after the
+// other; stdout: the results. The main of all operations, so that the kernels compile once.
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/kernels.h"
+#include "simt.h"
+
+namespace {
+
+using namespace clustops;
+
+template <class T>
+struct Array {
+  std::vector<T> values;
+
+  static Array read(int64_t count) {
+    Array array{std::vector<T>(static_cast<std::size_t>(count))};
+    if (count > 0 && std::fread(array.values.data(), sizeof(T), array.values.size(), stdin) != array.values.size()) {
+      std::exit(3);
+    }
+    return array;
+  }
+  // Room for a result, full of what no result is.
+  static Array room(int64_t count) {
+    Array array{std::vector<T>(static_cast<std::size_t>(count))};
+    if (count > 0) std::memset(array.values.data(), 0xcd, sizeof(T) * array.values.size());
+    return array;
+  }
+  void write() const {
+    if (!values.empty()) std::fwrite(values.data(), sizeof(T), values.size(), stdout);
+  }
+  T* data() { return values.data(); }
+};
+
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+void bounds(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2];
+  auto x = Array<char>::read(b * n * d * size_of(dtype));
+  auto weights = Array<double>::read(b * n);
+  auto found = Array<double>::room(b * (d + 1));
+  cuda::kmeans_bounds({{x.data(), weights.data(), b, n, d, n * d, d, n, 1, dtype}, found.data()}, nullptr);
+  found.write();
+}
+
+void sums(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2], k = size[3], with_before = size[4];
+  auto x = Array<char>::read(b * n * d * size_of(dtype));
+  auto weights = Array<double>::read(b * n);
+  auto labels = Array<int64_t>::read(b * n), before = Array<int64_t>::read(with_before ? b * n : 0);
+  auto grid = Array<double>::read(b * 2 * (d + 1));
+  auto found = Array<double>::read(b * 2 * k * (d + 1));
+  auto counts = Array<int64_t>::read(b * k);
+  cuda::kmeans_sums({{x.data(), weights.data(), b, n, d, n * d, d, n, 1, dtype},
+                     labels.data(),
+                     with_before ? before.data() : nullptr,
+                     grid.data(),
+                     found.data(),
+                     counts.data(),
+                     k},
+                    nullptr);
+  found.write();
+  counts.write();
+}
+
+void means(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], k = size[1], d = size[2];
+  auto sums = Array<double>::read(b * 2 * k * (d + 1));
+  auto previous = Array<char>::read(b * k * d * size_of(dtype)), found = Array<char>::room(b * k * d * size_of(dtype));
+  auto shift = Array<double>::room(b), workspace = Array<double>::room(b * kmeans_means_blocks(k * d));
+  cuda::kmeans_means({sums.data(), previous.data(), found.data(), shift.data(), workspace.data(), b, k, d, dtype},
+                     nullptr);
+  found.write();
+  shift.write();
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string operation = arguments[1];
+  simt::order = static_cast<simt::Order>(std::atoi(arguments[2]));
+  const auto dtype = static_cast<DType>(std::atoi(arguments[3]));
+  std::vector<int64_t> size;
+  for (int i = 4; i < count; ++i) size.push_back(std::atoll(arguments[i]));
+  if (operation == "bounds") bounds(dtype, size.data());
+  if (operation == "sums") sums(dtype, size.data());
+  if (operation == "means") means(dtype, size.data());
+}

@@ -1,0 +1,209 @@
+"""The CUDA kernels of the k-means update on the CPU, thread by thread (native/simt.h), under the address and
+undefined-behaviour sanitizers, in three orders of the threads of a block."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import generator, seeds
+from torch import Tensor
+
+from clustops.reference import kmeans_ops as ops
+
+TESTS = Path(__file__).parent
+CUDA = TESTS.parent / "csrc" / "cuda"
+COMPILER = shutil.which("g++")
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+dtypes = st.sampled_from(list(DTYPES))
+orders = st.integers(0, 2)
+few = settings(max_examples=12)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    built = tmp_path_factory.mktemp("simt") / "kmeans_gpu"
+    flags = ["-std=c++17", "-O1", "-g", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    sources = [TESTS / "native" / "kmeans_gpu.cpp", *(CUDA / name for name in SOURCES)]
+    subprocess.run([str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True)
+    return built
+
+
+SOURCES = ["kmeans_update.cu"]
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+class Results:
+    """The results of one run, taken from its output in order."""
+
+    def __init__(self, program: Path, operation: str, order: int, dtype: torch.dtype, sizes: list[int], *inputs: Tensor):
+        command = [str(program), operation, *(str(s) for s in (order, DTYPES[dtype], *sizes))]
+        run = subprocess.run(command, input=b"".join(map(bytes_of, inputs)), capture_output=True, check=False)
+        assert run.returncode == 0, run.stderr.decode()
+        self.left = run.stdout
+
+    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        room = torch.empty(shape, dtype=dtype)
+        size = room.numel() * room.element_size()
+        taken, self.left = self.left[:size], self.left[size:]
+        if not size:
+            return room
+        return torch.from_numpy(np.frombuffer(taken, np.uint8).copy()).view(dtype).view(shape)
+
+
+def assert_bits(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def draw(b: int, n: int, d: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows of magnitudes from 1e-8 to 1, and weights, a third of them 0."""
+    g = generator(seed)
+    x = torch.randn(b, n, d, generator=g) * 10.0 ** -torch.randint(0, 8, (b, n, d), generator=g)
+    weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(0, 3, (b, n), generator=g).clamp(max=1)
+    return x.to(dtype), weights
+
+
+def labels_of(b: int, n: int, k: int, seed: int) -> Tensor:
+    return torch.randint(-1, k, (b, n), generator=generator(seed))
+
+
+@few
+@given(
+    b=st.integers(0, 3),
+    n=st.sampled_from([0, 1, 7, 300, 4099]),
+    d=st.sampled_from([0, 1, 3, 64, 257]),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_bounds_are_the_reference_s(
+    program: Path, b: int, n: int, d: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    x, weights = draw(b, min(n, 300 if d > 3 else n), d, dtype, seed)
+    found = Results(program, "bounds", order, dtype, [*x.shape], x, weights)
+    assert_bits(found.take(torch.float64, b, d + 1), ops.bounds(x, weights))
+
+
+def test_bounds_show_nan_and_infinity_only_of_rows_with_a_weight(program: Path) -> None:
+    x = torch.randn(1, 40, 3)
+    x[0, 3, 0], x[0, 4, 1], x[0, 5, 2] = torch.nan, -torch.inf, torch.nan
+    weights = torch.ones(1, 40, dtype=torch.float64)
+    weights[0, 5] = 0
+    found = Results(program, "bounds", 0, x.dtype, [1, 40, 3], x, weights).take(torch.float64, 1, 4)
+    assert_bits(found, ops.bounds(x, weights))
+    assert bool(found[0, 0].isnan())
+    assert float(found[0, 1]) == torch.inf
+
+
+def zeros(b: int, d: int, k: int) -> tuple[Tensor, Tensor]:
+    return torch.zeros(b, 2, k, d + 1, dtype=torch.float64), torch.zeros(b, k, dtype=torch.int64)
+
+
+def add(
+    program: Path,
+    order: int,
+    into: tuple[Tensor, Tensor],
+    x: Tensor,
+    labels: Tensor,
+    before: Tensor | None,
+    weights: Tensor,
+) -> tuple[Tensor, Tensor]:
+    (b, n, d), k = x.shape, into[1].shape[1]
+    inputs = [x, weights, labels, *([] if before is None else [before]), grid_of(x, weights), *into]
+    found = Results(program, "sums", order, x.dtype, [b, n, d, k, int(before is not None)], *inputs)
+    return found.take(torch.float64, b, 2, k, d + 1), found.take(torch.int64, b, k)
+
+
+def grid_of(x: Tensor, weights: Tensor) -> Tensor:
+    return ops.units(ops.bounds(x, weights), (weights > 0).sum(1))
+
+
+def reference_sums(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return ops.sums(x, labels, weights, grid_of(x, weights), k)
+
+
+@few
+@given(
+    b=st.integers(0, 3),
+    n=st.sampled_from([0, 1, 33, 300]),
+    d=st.sampled_from([0, 1, 31, 127, 128, 150]),
+    k=st.sampled_from([1, 2, 40]),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_sums_are_the_reference_s_bit_for_bit(
+    program: Path, b: int, n: int, d: int, k: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    x, weights = draw(b, n, d, dtype, seed)
+    labels = labels_of(b, n, k, seed)
+    expected = reference_sums(x, labels, weights, k)
+    for got, right in zip(add(program, order, zeros(b, d, k), x, labels, None, weights), expected, strict=True):
+        assert_bits(got, right)
+
+
+def test_sums_over_more_rows_than_one_block_takes(program: Path) -> None:
+    x, weights = draw(2, 2500, 5, torch.bfloat16, 0)
+    labels, before = labels_of(2, 2500, 7, 1), labels_of(2, 2500, 7, 2)
+    for order in range(3):
+        first = add(program, order, zeros(2, 5, 7), x, before, None, weights)
+        then = add(program, order, first, x, labels, before, weights)
+        for got, right in zip(then, reference_sums(x, labels, weights, 7), strict=True):
+            assert_bits(got, right)
+
+
+@few
+@given(
+    n=st.sampled_from([1, 33, 300]),
+    d=st.sampled_from([1, 31, 130]),
+    k=st.sampled_from([1, 2, 40]),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_rows_that_moved_turn_the_sums_of_old_labels_into_those_of_new_ones(
+    program: Path, n: int, d: int, k: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    x, weights = draw(2, n, d, dtype, seed)
+    labels, other = labels_of(2, n, k, seed), labels_of(2, n, k, seed + 1)
+    moved = torch.rand(2, n, generator=generator(seed)) < 0.3
+    before = torch.where(moved, other, labels)
+    after = add(program, order, reference_sums(x, before, weights, k), x, labels, before, weights)
+    for got, right in zip(after, reference_sums(x, labels, weights, k), strict=True):
+        assert_bits(got, right)
+
+
+@few
+@given(
+    b=st.integers(0, 3),
+    k=st.sampled_from([1, 2, 33]),
+    d=st.sampled_from([1, 5, 64]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    order=orders,
+    seed=seeds,
+)
+def test_means_are_the_reference_s_and_the_shift_is_their_distance(
+    program: Path, b: int, k: int, d: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    x, weights = draw(b, 40, d, dtype, seed)
+    total, _ = reference_sums(x, labels_of(b, 40, k, seed), weights, k)
+    previous = torch.randn(b, k, d, generator=generator(seed)).to(dtype)
+    found = Results(program, "means", order, dtype, [b, k, d], total, previous)
+    means = ops.means_of(total, previous)
+    assert_bits(found.take(dtype, b, k, d), means)
+    shift = (means.double() - previous.double()).square().sum((-1, -2))
+    torch.testing.assert_close(found.take(torch.float64, b), shift, rtol=1e-12, atol=0)
