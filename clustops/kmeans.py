@@ -12,14 +12,14 @@ from torch import Tensor
 from . import arrays
 from . import kmeans_arguments as arguments
 from .checks import ClustopsWarning, check_choice, check_count, check_device, check_same_device, reject
-from .distributed import Group, all_reduce_sum, check_group, rank
+from .distributed import Group, check_group, rank
 from .kmeans_init import plus_plus, random_rows
 from .kmeans_lloyd import Fit, Report, expand_tolerance, leading, lloyd
 from .kmeans_repair import Settled, settle
 from .kmeans_rows import Rows
 from .kmeans_steps import cluster_means, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
 from .reference.kmeans import KMeansProgress, KMeansResult
-from .reference.kmeans_ops import count, unit_rows
+from .reference.kmeans_ops import unit_rows
 
 __all__ = [
     "KMeansProgress",
@@ -141,7 +141,7 @@ def kmeans(
             report=report,
         )
     rounds = 0 if empty == "keep" else _CAPTURED_ROUNDS if capturing else k
-    settled = settle(rows, fit.centroids, rounds=rounds, look=not capturing)
+    settled = settle(rows, fit.centroids, fit.labels, rounds=rounds, look=not capturing)
     best = _best(rows, fit, settled)
     if empty != "keep" and not capturing:
         _warn_of_surplus(best.n_empty, k)
@@ -184,17 +184,22 @@ def _best(rows: Rows, fit: Fit, settled: Settled) -> KMeansResult:
     """The restart of each problem with the lowest inertia."""
     inertia = rows.total(settled.distances)
     restarts = rows.copies(inertia)
-    best = inertia.view(-1, restarts).argmin(1) + restarts * torch.arange(rows.batch, device=rows.device)
-    labels = torch.where(rows.inside, settled.labels[best], -1)
+    first = restarts * torch.arange(rows.batch, device=rows.device)
+    best = inertia.view(-1, restarts).argmin(1) + first
+
+    def of_best(entries: Tensor) -> Tensor:
+        return entries if restarts == 1 else entries[best]
+
+    labels = rows.outside(of_best(settled.labels), -1)
     return KMeansResult(
-        centroids=settled.centroids[best],
+        centroids=of_best(settled.centroids),
         labels=labels,
-        counts=all_reduce_sum(count(labels, settled.centroids.shape[1]), rows.group),
-        inertia=inertia[best],
-        n_iter=fit.n_iter[best],
-        converged=fit.converged[best],
-        n_repaired=(fit.n_repaired + settled.n_repaired)[best],
-        n_empty=(settled.counts[best] == 0).sum(1),
+        counts=rows.count(labels, settled.centroids.shape[1], weighted=False),
+        inertia=of_best(inertia),
+        n_iter=of_best(fit.n_iter),
+        converged=of_best(fit.converged),
+        n_repaired=of_best(fit.n_repaired + settled.n_repaired),
+        n_empty=(of_best(settled.counts) == 0).sum(1),
     )
 
 

@@ -42,17 +42,21 @@ def plus_plus(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
     uniform = torch.stack([draw(seed, PLUS_PLUS, r, 0, position) for r in range(restarts)]).repeat(
         rows.batch, 1
     )
+    x = rows.at_once()
+    if x is not None:
+        return rows.take(torch.ops.clustops.kmeans_seed(x, rows.weights, uniform, k))
     weight_only, _ = integer_potential(rows, torch.ones_like(repeat(rows.weights, restarts)))
     index, _ = pick(rows, weight_only, uniform[:, :1])
     first = rows.take(index)
-    chosen, closest = [first], rows.assign(first)[1]
+    chosen, closest = [first], rows.distances_to(first)
     for step in range(1, k):
         potential, scale = integer_potential(rows, closest)
         index, total = pick(rows, potential, uniform[:, step * t : (step + 1) * t])
         candidates = rows.take(index)
-        after = rows.potentials(candidates, closest, scale)
-        best = after.argmin(1).view(-1, 1, 1).expand(-1, 1, rows.d)
-        new = torch.where(total.view(-1, 1, 1) > 0, candidates.gather(1, best), first)
+        after, improves = rows.potentials(candidates, closest, scale)
+        best = after.argmin(1)
+        winner = candidates.gather(1, best.view(-1, 1, 1).expand(-1, 1, rows.d))
+        new = torch.where(total.view(-1, 1, 1) > 0, winner, first)
         chosen.append(new)
-        closest = torch.minimum(closest, rows.assign(new)[1])
+        rows.lower(closest, new, improves, best)
     return torch.cat(chosen, dim=1)

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kmeans_repair import move_sums, relocate, relocation_scores, split
-from .kmeans_rows import Rows, repeat
+from .kmeans_rows import Assigned, Rows, repeat
 from .reference.kmeans import KMeansProgress
-from .reference.kmeans_ops import SPLIT, draw, means_of, unit_rows
+from .reference.kmeans_ops import SPLIT, draw, squared_shift, unit_rows
 
 Report = Callable[[KMeansProgress], None]
 
 
 class Fit(NamedTuple):
-    """Where the iteration ended; all but ``centroids [E, K, D]`` are ``[E]``."""
+    """Where the iteration ended; ``labels [E, N]`` are those before the last move, the rest is ``[E]``."""
 
-    centroids: Tensor
+    centroids: Tensor  # [E, K, D]
+    labels: Tensor | None
     n_iter: Tensor
     converged: Tensor
     n_repaired: Tensor
 
 
+class _Step(NamedTuple):
+    """One iteration: new centroids, their squared shift, what was assigned, found empty and repaired."""
+
+    centroids: Tensor
+    shift: Tensor
+    assigned: Assigned
+    n_empty: Tensor
+    n_repaired: Tensor
+
+
 def mean_variance(rows: Rows) -> Tensor:
     """Weighted variance of the features, mean over features: ``[B]``."""
-    zero = torch.zeros((rows.batch, 1, rows.d), dtype=rows.dtype, device=rows.device)
-    sums = rows.assign_and_sum(zero)[2]
-    mass = (sums[:, 0] + sums[:, 1])[:, 0, -1]
-    _, distances = rows.assign(means_of(sums, zero))
-    return rows.total(distances) / (mass * rows.d)
+    together = torch.zeros((), dtype=torch.int64, device=rows.device).expand(rows.batch, rows.n)
+    sums = rows.sum_labels(together, 1)
+    nowhere = torch.zeros((rows.batch, 1, rows.d), dtype=rows.dtype, device=rows.device)
+    mean, _ = torch.ops.clustops.kmeans_means(sums, nowhere)
+    mass = sums[:, :, 0, -1].sum(1)
+    return rows.total(rows.distances_to(mean)) / (mass * rows.d)
 
 
 def lloyd(
@@ -58,30 +71,45 @@ def lloyd(
     still = ~active
     n_iter = torch.zeros(e, dtype=torch.int64, device=rows.device)
     n_repaired = n_iter
+    assigned = None
     for iteration in range(max_iter):
-        moved, inertia, n_empty, repaired = _step(
-            rows, centroids, empty, seed, iteration, look, report is not None
-        )
-        moved = torch.where(active.view(-1, 1, 1), moved, centroids)
-        repaired = torch.where(active, repaired, 0)
-        shift = (moved.double() - centroids.double()).square().sum(-1).sum(-1)
+        step = _step(rows, centroids, assigned, empty, seed, iteration, look)
+        moved, shift, assigned, n_empty, repaired = step
+        if tolerance is not None:
+            moved = torch.where(active.view(-1, 1, 1), moved, centroids)
+            shift, repaired = torch.where(active, shift, 0.0), torch.where(active, repaired, 0)
         centroids = moved
         n_iter, n_repaired = n_iter + active, n_repaired + repaired
         if report is not None:
-            report(KMeansProgress(iteration, inertia, shift, n_empty, repaired))
+            progress = KMeansProgress(iteration, rows.total(assigned.distances), shift, n_empty, repaired)
+            report(progress)
         still = shift <= (0.0 if tolerance is None else tolerance)
         if tolerance is not None:
             active = active & ~still
             if look and not bool(active.any()):
                 break
-    return Fit(centroids, n_iter, still if tolerance is None else ~active, n_repaired)
+        elif look and bool(((shift == 0) & (repaired == 0)).all()):
+            # Nothing moved, so what is left would repeat this iteration.
+            if report is not None:
+                for again in range(iteration + 1, max_iter):
+                    report(replace(progress, iteration=again))
+            n_iter = torch.full_like(n_iter, max_iter)
+            break
+    labels = None if assigned is None else assigned.labels
+    return Fit(centroids, labels, n_iter, still if tolerance is None else ~active, n_repaired)
 
 
 def _step(
-    rows: Rows, centroids: Tensor, empty: str, seed: int, iteration: int, look: bool, with_inertia: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One iteration: new centroids, inertia before it, clusters found empty, and how many were repaired."""
-    labels, distances, sums, counts = rows.assign_and_sum(centroids)
+    rows: Rows,
+    centroids: Tensor,
+    before: Assigned | None,
+    empty: str,
+    seed: int,
+    iteration: int,
+    look: bool,
+) -> _Step:
+    assigned = rows.assign_and_sum(centroids, before)
+    labels, distances, sums, counts = assigned
     n_empty = (counts == 0).sum(1)
     repaired = torch.zeros_like(n_empty)
     act = empty != "keep" and not (look and not bool(n_empty.any()))
@@ -90,7 +118,7 @@ def _step(
         cluster, index, _ = relocate(rows, labels, distances, counts, score)
         sums, counts = move_sums(rows, labels, cluster, index, sums, counts)
         repaired = (index >= 0).sum(1)
-    means = means_of(sums, centroids)
+    means, shift = torch.ops.clustops.kmeans_means(sums, centroids)
     if rows.metric == "cosine":
         # Opposite rows may cancel; a centroid without a direction keeps the one it had.
         means = torch.where((means != 0).any(-1, keepdim=True), unit_rows(means), centroids)
@@ -102,8 +130,9 @@ def _step(
         repaired = (child < k).sum(1)
         if rows.metric == "cosine":
             means = unit_rows(means)
-    inertia = rows.total(distances) if with_inertia else distances.new_zeros(centroids.shape[0])
-    return means, inertia, n_empty, repaired
+    if rows.metric == "cosine" or act:
+        shift = squared_shift(means, centroids)
+    return _Step(means, shift, assigned, n_empty, repaired)
 
 
 def leading(progress: KMeansProgress, batch: int) -> KMeansProgress:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
 from .kmeans_select import extreme_members, ordinals, top_rows
-from .reference.kmeans_ops import RELOCATE, SPLIT, draw, means_of
+from .reference.kmeans_ops import RELOCATE, SPLIT, draw
 
 # How far a split moves the two centroids, as a part of the way to the donor's farthest row.
 STEP = 2.0**-5
@@ -84,9 +84,9 @@ def move_sums(
     k = counts.shape[1]
     taken, old = rows.take(index), rows.take_values(labels, index)
     weights = rows.take_values(repeat(rows.weights, rows.copies(labels)), index)
-    gone, gone_counts = rows.sum_rows(taken, old, weights, k)
-    come, come_counts = rows.sum_rows(taken, torch.where(cluster < k, cluster, -1), weights, k)
-    return sums - gone + come, counts - gone_counts + come_counts
+    sums, counts = sums.clone(), counts.clone()
+    rows.add_rows(sums, counts, taken, torch.where(cluster < k, cluster, -1), weights, old)
+    return sums, counts
 
 
 class Settled(NamedTuple):
@@ -102,7 +102,7 @@ class Settled(NamedTuple):
     n_repaired: Tensor
 
 
-def settle(rows: Rows, centroids: Tensor, *, rounds: int, look: bool) -> Settled:
+def settle(rows: Rows, centroids: Tensor, warm: Tensor | None, *, rounds: int, look: bool) -> Settled:
     """The final assignment, repaired until no cluster is empty that need not be.
 
     Each round the farthest rows, at most one of each cluster, become the centroids of empty clusters, and all
@@ -111,12 +111,13 @@ def settle(rows: Rows, centroids: Tensor, *, rounds: int, look: bool) -> Settled
     distinct rows than clusters this ends with every row on a centroid and the surplus empty.
 
     Args:
+        warm: ``[E, N]``, guesses of the labels.
         rounds: at most so many; ``K`` always suffice.
         look: stop early, which asks the host.
     """
     k = centroids.shape[1]
     repaired = torch.zeros(centroids.shape[0], dtype=torch.int64, device=centroids.device)
-    labels, distances = rows.assign(centroids)
+    labels, distances = rows.assign(centroids, warm)
     counts = rows.count(labels, k)
     for _ in range(rounds):
         if look and not bool((counts == 0).any()):
@@ -130,7 +131,7 @@ def settle(rows: Rows, centroids: Tensor, *, rounds: int, look: bool) -> Settled
         index = torch.where(used, farthest.gather(1, donor), -1)
         centroids = replace(centroids, torch.where(used, empty, k), rows.take(index))
         repaired = repaired + used.sum(1)
-        labels, distances = rows.assign(centroids)
+        labels, distances = rows.assign(centroids, labels)
         counts = rows.count(labels, k)
     return Settled(centroids, labels, distances, counts, repaired)
 
@@ -162,7 +163,7 @@ def split_rounds(
     for iteration in range(k):
         if not bool((counts == 0).any()):
             break
-        means = means_of(rows.sum_labels(labels, k), centroids)
+        means, _ = torch.ops.clustops.kmeans_means(rows.sum_labels(labels, k), centroids)
         own = rows.own_distances(labels, means)
         uniform = draw(seed, SPLIT, 0, iteration, cluster).expand_as(counts)
         halves, child = split(rows, labels, own, means, counts, uniform)

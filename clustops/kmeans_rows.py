@@ -7,13 +7,16 @@ results do not depend on how the rows are cut into chunks or spread over ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import reject, values_are_checked
 from .distributed import Group, all_gather_rows, all_reduce_max, all_reduce_sum, rank
-from .reference.kmeans_ops import accumulator, fold, unit_rows, units
+from .native import kmeans_seeding as _seeding  # noqa: F401  (registers the ops)
+from .native import kmeans_update as _update  # noqa: F401
+from .reference.kmeans_ops import accumulator, unit_rows, units
 
 _CHUNK = 1 << 24  # elements of x in one chunk where a chunk must be copied
 
@@ -21,6 +24,20 @@ _CHUNK = 1 << 24  # elements of x in one chunk where a chunk must be copied
 def repeat(tensor: Tensor, copies: int) -> Tensor:
     """``[B, ...]`` as ``[B * copies, ...]``, a problem's copies side by side; a view where strides allow."""
     return tensor.unsqueeze(1).expand(-1, copies, *[-1] * (tensor.ndim - 1)).flatten(0, 1)
+
+
+class Assigned(NamedTuple):
+    """The nearest centroids of rows and what belongs to these labels, of ``E`` entries.
+
+    Attributes:
+        labels, distances: ``[E, N]``.
+        sums: ``[E, 2, K, D + 1]`` float64. counts: ``[E, K]``, rows of positive weight.
+    """
+
+    labels: Tensor
+    distances: Tensor
+    sums: Tensor
+    counts: Tensor
 
 
 class Rows:
@@ -51,21 +68,22 @@ class Rows:
         self.device = x.device if device is None else device
         self.dtype = accumulator(x.dtype)
         self.batch, self.n, self.d = x.shape
-        self.inside = self._inside(lengths)
+        self.lengths = None if lengths is None else lengths.to(self.device)
         self.weights = self._effective(weights)
         self.offset, self.n_total = self._place()
         self.n_valid = all_reduce_sum((self.weights > 0).sum(1), group)
         self.grid = units(all_reduce_max(self._bounds(), group), self.n_valid)
 
-    def _inside(self, lengths: Tensor | None) -> Tensor:
-        if lengths is None:
-            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.batch, self.n)
-        return torch.arange(self.n, device=self.device) < lengths.to(self.device).unsqueeze(1)
-
     def _effective(self, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return self.inside.to(torch.float64)
-        return torch.where(self.inside, weights.to(self.device, torch.float64), 0.0)
+        one = torch.ones((), dtype=torch.float64, device=self.device).expand(self.batch, self.n)
+        return self.outside(one if weights is None else weights.to(self.device, torch.float64), 0.0)
+
+    def outside(self, values: Tensor, fill: float) -> Tensor:
+        """``values [B, N]`` with ``fill`` in the rows past their problem's length."""
+        if self.lengths is None:
+            return values
+        inside = torch.arange(self.n, device=self.device) < self.lengths.unsqueeze(1)
+        return torch.where(inside, values, fill)
 
     def _place(self) -> tuple[int, int]:
         """How many rows lie on the ranks before this one, and on all ranks."""
@@ -111,55 +129,79 @@ class Rows:
         """How many entries there are for each problem."""
         return entries.shape[0] // self.batch
 
+    def at_once(self) -> Tensor | None:
+        """``[B, N, D]``, prepared, where all rows are in this process and one chunk; ``None`` elsewhere."""
+        if self.group is not None:
+            return None
+        rows, chunk = next(self.chunks())
+        return chunk if rows.stop == self.n else None
+
     def assign(self, centroids: Tensor, warm: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``.
 
         Args:
             warm: ``[E, N]``, guesses of the labels; good ones save time.
         """
-        labels, distances, _, _ = self._sweep(centroids, warm, with_sums=False)
-        return labels, distances
+        parts = [
+            self._nearest(chunk, centroids, rows, warm) for rows, chunk in self.chunks(self.copies(centroids))
+        ]
+        return joined([labels for labels, _ in parts]), joined([distances for _, distances in parts])
 
-    def assign_and_sum(
-        self, centroids: Tensor, warm: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``assign`` and, in the same pass, the sums ``[E, 2, K, D + 1]`` and counts ``[E, K]`` by label."""
-        labels, distances, sums, counts = self._sweep(centroids, warm, with_sums=True)
-        return labels, distances, all_reduce_sum(sums, self.group), all_reduce_sum(counts, self.group)
+    def assign_and_sum(self, centroids: Tensor, before: Assigned | None = None) -> Assigned:
+        """``assign`` and, in the same pass, the sums and counts of each cluster, over all ranks.
 
-    def _sweep(
-        self, centroids: Tensor, warm: Tensor | None, with_sums: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        Args:
+            before: what this returned for other centroids. It is used up: its sums become the new ones, which
+                costs a look at those rows only whose label changed. Sums are exact, so the bits are the same.
+        """
         copies, (e, k, d) = self.copies(centroids), centroids.shape
+        if before is None or self.group is not None:
+            sums = torch.zeros((e, 2, k, d + 1), dtype=torch.float64, device=self.device)
+            counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
+        else:
+            sums, counts = before.sums, before.counts
+        warm = None if before is None else before.labels
         found, far = [], []
-        sums = torch.zeros((e, 2, k, d + 1) if with_sums else 0, dtype=torch.float64, device=self.device)
-        counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
         for rows, chunk in self.chunks(copies):
-            guess = None if warm is None else warm[:, rows]
-            nearest = torch.ops.clustops.kmeans_assign(chunk, centroids, 1, guess, self.precision)
-            labels, distances = (t.squeeze(-1) for t in nearest)
-            if with_sums:
-                part = self.sum_rows(chunk, labels, repeat(self.weights[:, rows], copies), k)
-                sums, counts = sums + part[0], counts + part[1]
+            labels, distances = self._nearest(chunk, centroids, rows, warm)
+            weights = repeat(self.weights[:, rows], copies)
+            self.add_rows(sums, counts, chunk, labels, weights, None if warm is None else warm[:, rows])
             found.append(labels)
             far.append(distances)
-        return torch.cat(found, 1), torch.cat(far, 1), sums, counts
+        sums, counts = all_reduce_sum(sums, self.group), all_reduce_sum(counts, self.group)
+        if before is not None and self.group is not None:
+            sums, counts = sums + before.sums, counts + before.counts
+        return Assigned(joined(found), joined(far), sums, counts)
 
-    def sum_rows(self, rows: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Sums and counts of ``rows [E, n, D]`` by label, on the grid of all rows."""
-        sums: tuple[Tensor, Tensor] = torch.ops.clustops.kmeans_sums(
-            rows, labels, weights, repeat(self.grid, self.copies(rows)), k
-        )
-        return sums
+    def _nearest(
+        self, chunk: Tensor, centroids: Tensor, rows: slice, warm: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        guess = None if warm is None else warm[:, rows]
+        nearest = torch.ops.clustops.kmeans_assign(chunk, centroids, 1, guess, self.precision)
+        labels, distances = (t.squeeze(-1) for t in nearest)
+        return labels, distances
+
+    def add_rows(
+        self,
+        sums: Tensor,
+        counts: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        before: Tensor | None = None,
+    ) -> None:
+        """Add ``rows [E, n, D]`` by label to sums and counts, on the grid of all rows."""
+        grid = repeat(self.grid, self.copies(rows))
+        torch.ops.clustops.kmeans_sums_(sums, counts, rows, labels, weights, grid, before)
 
     def sum_labels(self, labels: Tensor, k: int) -> Tensor:
         """Sums ``[E, 2, K, D + 1]`` of all rows by the given ``labels [E, N]``."""
-        copies = self.copies(labels)
-        parts = [
-            self.sum_rows(chunk, labels[:, rows], repeat(self.weights[:, rows], copies), k)[0]
-            for rows, chunk in self.chunks(copies)
-        ]
-        return all_reduce_sum(torch.stack(parts).sum(0), self.group)
+        copies, e = self.copies(labels), labels.shape[0]
+        sums = torch.zeros((e, 2, k, self.d + 1), dtype=torch.float64, device=self.device)
+        counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
+        for rows, chunk in self.chunks(copies):
+            self.add_rows(sums, counts, chunk, labels[:, rows], repeat(self.weights[:, rows], copies))
+        return all_reduce_sum(sums, self.group)
 
     def own_distances(self, labels: Tensor, centroids: Tensor) -> Tensor:
         """``||x_n - c_label(n)||^2`` for labels that need not be the nearest; ``[E, N]``."""
@@ -169,23 +211,22 @@ class Rows:
             parts.append((chunk - own).square().sum(-1))
         return torch.cat(parts, 1)
 
-    def count(self, labels: Tensor, k: int) -> Tensor:
-        """Rows of positive weight with each label, over all ranks: ``[E, K]``."""
-        valid = repeat(self.weights, self.copies(labels)) > 0
-        counts = labels.new_zeros((labels.shape[0], k))
-        counts.scatter_add_(1, labels.clamp(min=0), valid.to(torch.int64))
-        return all_reduce_sum(counts, self.group)
+    def count(self, labels: Tensor, k: int, *, weighted: bool = True) -> Tensor:
+        """Rows with each label, over all ranks: ``[E, K]``; ``weighted``: only those of positive weight."""
+        weights = repeat(self.weights, self.copies(labels)) if weighted else None
+        return all_reduce_sum(counts_of(labels, k, weights), self.group)
 
     def total(self, values: Tensor) -> Tensor:
         """``sum_n w_n v_n`` over all ranks, float64 ``[E]``, the same bits for any sharding."""
         copies = self.copies(values)
-        weights = repeat(self.weights, copies)
-        weighted = torch.where(weights > 0, values.to(torch.float64) * weights, 0.0)
-        bound = all_reduce_max(largest(weighted.abs()), self.group)
+        weights, column = repeat(self.weights, copies), values.unsqueeze(-1)
+        bound = all_reduce_max(torch.ops.clustops.kmeans_bounds(column, weights), self.group)
+        sums = torch.zeros((values.shape[0], 2, 1, 2), dtype=torch.float64, device=self.device)
+        counts = torch.zeros((values.shape[0], 1), dtype=torch.int64, device=self.device)
+        together = torch.zeros((), dtype=torch.int64, device=self.device).expand(values.shape)
         grid = units(bound, repeat(self.n_valid, copies))
-        high, low = fold(weighted, grid[:, :1], grid[:, 1:])
-        parts = all_reduce_sum(torch.stack([high.sum(1), low.sum(1)]), self.group)
-        return parts[0] + parts[1]
+        torch.ops.clustops.kmeans_sums_(sums, counts, column, together, weights, grid)
+        return all_reduce_sum(sums, self.group)[:, :, 0, 0].sum(1)
 
     def take(self, index: Tensor) -> Tensor:
         """The rows with these indices: ``[E, m]`` to ``[E, m, D]``; zeros for an index of -1."""
@@ -224,16 +265,57 @@ class Rows:
         gathered, _ = all_gather_rows(count.unsqueeze(0), self.group)
         return gathered[: rank(self.group)].sum(0), gathered.sum(0)
 
-    def potentials(self, candidates: Tensor, closest: Tensor, scale: Tensor) -> Tensor:
-        """The integer potential with each of ``candidates [E, T, D]`` added to the centroids: ``[E, T]``."""
+    def potentials(self, candidates: Tensor, closest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The integer potential with each of ``candidates [E, T, D]`` added to the centroids: ``[E, T]``.
+
+        And ``[E, N]``, which of them would improve which row, for ``lower``.
+        """
         copies = self.copies(candidates)
         result = torch.zeros(candidates.shape[:2], dtype=torch.int64, device=self.device)
-        for rows, chunk in self.chunks(copies):
+        improves = []
+        for rows, chunk in self.chunks():
             weights = repeat(self.weights[:, rows], copies)
-            result += torch.ops.clustops.kmeans_potentials(
+            after, mask = torch.ops.clustops.kmeans_potentials(
                 chunk, candidates, closest[:, rows], weights, scale
             )
-        return all_reduce_sum(result, self.group)
+            result += after
+            improves.append(mask)
+        return all_reduce_sum(result, self.group), joined(improves)
+
+    def lower(
+        self,
+        closest: Tensor,
+        centroid: Tensor,
+        improves: Tensor | None = None,
+        chosen: Tensor | None = None,
+    ) -> None:
+        """Lower ``closest [E, N]`` where ``centroid [E, 1, D]`` is nearer.
+
+        Args:
+            improves, chosen: from ``potentials``, and ``[E]`` which candidate it is: the rows to look at.
+        """
+        for rows, chunk in self.chunks():
+            mask = None if improves is None else improves[:, rows]
+            torch.ops.clustops.kmeans_closest_(closest[:, rows], chunk, centroid, mask, chosen)
+
+    def distances_to(self, centroid: Tensor) -> Tensor:
+        """``||x_n - c||^2`` for one ``centroid [E, 1, D]``: ``[E, N]``."""
+        closest = torch.full((centroid.shape[0], self.n), torch.inf, dtype=self.dtype, device=self.device)
+        self.lower(closest, centroid)
+        return closest
+
+
+def counts_of(labels: Tensor, k: int, weights: Tensor | None = None) -> Tensor:
+    """How many rows have each of ``labels [E, N]``, -1 left out, and only those of positive weight."""
+    if weights is None:
+        weights = torch.ones((), dtype=torch.float64, device=labels.device).expand(labels.shape)
+    counts: Tensor = torch.ops.clustops.kmeans_counts(labels, weights, k)
+    return counts
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """Chunks of ``[E, n, ..]`` side by side; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def largest(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .distributed import all_gather_rows, all_reduce_max
 from .kmeans_rows import Rows, largest, repeat
-from .reference.kmeans_ops import integer_scale, to_integer
+from .reference.kmeans_seeding import integer_scale, to_integer
 
 _NONE = torch.iinfo(torch.int64).min
 

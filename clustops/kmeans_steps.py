@@ -12,9 +12,9 @@ from . import kmeans_arguments as arguments
 from .checks import check_choice, check_count, check_finite, check_same_device, reject, shape_of
 from .kmeans_init import plus_plus
 from .kmeans_repair import relocate, relocation_scores, replace, split_rounds
-from .kmeans_rows import Rows
+from .kmeans_rows import Rows, counts_of
 from .native import kmeans as _native  # noqa: F401  (registers the ops)
-from .reference.kmeans_ops import count, unit_rows
+from .reference.kmeans_ops import unit_rows
 
 
 def kmeans_assign(
@@ -230,7 +230,7 @@ def _check_counts(counts: Any, labels: Tensor, k: int) -> None:
         )
     check_same_device(given, "counts", labels, "labels")
     if given.device.type == "cpu" and not torch.equal(
-        given.to(torch.int64), count(arguments.batched(labels, 2), k).view(given.shape)
+        given.to(torch.int64), counts_of(arguments.batched(labels, 2), k).view(given.shape)
     ):
         reject("counts", "bincount(labels)", "other numbers", "pass the counts that belong to these labels")
 

@@ -29,7 +29,8 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _blocks(n: int, per_row: int) -> list[slice]:
+def blocks(n: int, per_row: int) -> list[slice]:
+    """``n`` rows in blocks whose temporaries of ``per_row`` elements a row stay in a cache."""
     size = max(1, _ELEMENTS // max(1, per_row))
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
@@ -61,7 +62,7 @@ def assign_l2(
     centroids = centroids.to(dtype)
     labels = x.new_empty((b, n, top), dtype=torch.int64)
     distances = x.new_empty((b, n, top), dtype=dtype)
-    for rows in _blocks(n, b * (k + d)):
+    for rows in blocks(n, b * (k + d)):
         exact = squared_distances(x[:, rows].to(dtype), centroids)
         # A NaN row sorts like a row at infinity: its labels stay in range.
         ranked = exact.where(~exact.isnan(), torch.inf)
@@ -121,43 +122,71 @@ def bounds(x: Tensor, weights: Tensor) -> Tensor:
     """
     b, n, d = x.shape
     result = x.new_zeros((b, d + 1), dtype=torch.float64)
-    for rows in _blocks(n, b * (d + 1)):
+    for rows in blocks(n, b * (d + 1)):
         result = torch.maximum(result, _weighted(x[:, rows], weights[:, rows]).abs().amax(1))
     return result
 
 
-def sums(x: Tensor, labels: Tensor, weights: Tensor, grid: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``sum_n w_n [x_n, 1]`` over the rows of each cluster, and how many rows of positive weight it has.
+def sums_(
+    sums: Tensor,
+    counts: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    grid: Tensor,
+    before: Tensor | None = None,
+) -> None:
+    """Add ``sum_n w_n [x_n, 1]`` over the rows of each cluster, and how many rows of positive weight it has.
+
+    Sums of parts of the rows add up, in any order, to the same bits. So does what rows bring to their cluster
+    and take from the one they leave: nothing is ever rounded.
 
     Args:
-        x: ``[B, N, D]``. labels: ``[B, N]`` int64 in ``[-1, k)``, -1 for rows to leave out.
+        sums: ``[B, 2, K, D + 1]`` float64, the two parts of each sum. counts: ``[B, K]`` int64. Both are
+            written.
+        x: ``[B, N, D]``. labels: ``[B, N]`` int64 in ``[-1, K)``, -1 for rows to leave out.
         weights: ``[B, N]`` float64. grid: ``[B, 2, D + 1]``, from ``units``.
-
-    Returns:
-        ``[B, 2, k, D + 1]`` float64, the two parts of each sum, and ``[B, k]`` int64. Results for parts of
-        the rows add up, in any order, to the same bits.
+        before: ``[B, N]``, labels whose rows are in ``sums`` already: only rows with another one move.
     """
     b, n, d = x.shape
-    bucket = torch.where((labels >= 0) & (weights > 0), labels, k)  # bucket k is dropped in the end
-    bucket = bucket + torch.arange(b, device=x.device).unsqueeze(1) * (k + 1)
-    total = x.new_zeros((2, b * (k + 1), d + 1), dtype=torch.float64)
-    counts = x.new_zeros(b * (k + 1), dtype=torch.int64)
-    for rows in _blocks(n, b * (d + 1)):
-        index = bucket[:, rows].reshape(-1)
-        for part, values in zip(
-            total, fold(_weighted(x[:, rows], weights[:, rows]), grid[:, :1], grid[:, 1:]), strict=True
-        ):
-            part.index_add_(0, index, values.reshape(-1, d + 1))
-        counts.index_add_(0, index, torch.ones_like(index))
-    total = total.view(2, b, k + 1, d + 1)[:, :, :k].transpose(0, 1).contiguous()
-    return total, counts.view(b, k + 1)[:, :k].contiguous()
+    k = counts.shape[1]
+    first = torch.arange(b, device=x.device).unsqueeze(1) * (k + 1)
+    added = sums.new_zeros((2, b * (k + 1), d + 1))
+    number = counts.new_zeros(b * (k + 1))
+    moves = [(labels, 1), *([] if before is None else [(before, -1)])]
+    for rows in blocks(n, b * (d + 1)):
+        parts = fold(_weighted(x[:, rows], weights[:, rows]), grid[:, :1], grid[:, 1:])
+        for cluster, sign in moves:
+            taken = (cluster[:, rows] >= 0) & (weights[:, rows] > 0)
+            if before is not None:
+                taken &= labels[:, rows] != before[:, rows]
+            # Bucket k of each problem is dropped in the end.
+            index = (torch.where(taken, cluster[:, rows], k) + first).reshape(-1)
+            for part, values in zip(added, parts, strict=True):
+                part.index_add_(0, index, values.reshape(-1, d + 1), alpha=sign)
+            number.index_add_(0, index, torch.full_like(index, sign))
+    sums += added.view(2, b, k + 1, d + 1)[:, :, :k].transpose(0, 1)
+    counts += number.view(b, k + 1)[:, :k]
 
 
-def means_of(total: Tensor, previous: Tensor) -> Tensor:
-    """Means from ``sums``, in the dtype of ``previous``, which stays where a cluster has no mass."""
-    values = total[:, 0] + total[:, 1]
+def means(sums: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of each cluster from ``sums_``, and the sum of the squared moves of a problem's centroids.
+
+    Args:
+        sums: ``[B, 2, K, D + 1]``. previous: ``[B, K, D]``, fp32 or fp64; stays where a cluster has no mass.
+
+    Returns:
+        ``[B, K, D]`` in the dtype of ``previous``, and ``[B]`` float64.
+    """
+    values = sums[:, 0] + sums[:, 1]
     mass = values[..., -1:]
-    return torch.where(mass > 0, values[..., :-1] / mass.where(mass > 0, 1.0), previous).to(previous.dtype)
+    result = torch.where(mass > 0, values[..., :-1] / mass.where(mass > 0, 1.0), previous).to(previous.dtype)
+    return result, squared_shift(result, previous)
+
+
+def squared_shift(centroids: Tensor, previous: Tensor) -> Tensor:
+    """Sum of the squared moves of the centroids ``[B, K, D]``: ``[B]`` float64."""
+    return (centroids.double() - previous.double()).square().sum(-1).sum(-1)
 
 
 def cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -170,51 +199,20 @@ def cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[T
     Returns:
         ``[B, k, D]``, fp32 (fp64 for fp64 input), and ``[B, k]`` int64.
     """
-    b, _, d = x.shape
-    grid = units(bounds(x, weights), (weights > 0).sum(1))
-    total, _ = sums(x, labels, weights, grid, k)
-    return means_of(total, x.new_zeros((b, k, d), dtype=accumulator(x.dtype))), count(labels, k)
-
-
-def count(labels: Tensor, k: int) -> Tensor:
-    """``bincount`` of each row of ``labels``, entries of -1 left out."""
-    counts = labels.new_zeros((labels.shape[0], k + 1))
-    counts.scatter_add_(1, torch.where(labels >= 0, labels, k), torch.ones_like(labels))
-    return counts[:, :k].contiguous()
-
-
-def integer_scale(bound: Tensor, n: Tensor) -> Tensor:
-    """The power of two that makes ``n`` numbers in ``[0, bound]`` integers with a sum below ``2^62``."""
-    e = torch.frexp(bound).exponent.to(torch.int64)
-    return power_of_two(62 - torch.frexp(n.to(torch.float64)).exponent.to(torch.int64) - e)
-
-
-def to_integer(values: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-    """``round(w v scale)`` as int64, 0 for rows of weight 0; ``[B, N, ..]`` with weights ``[B, N, ..]``."""
-    product = values.to(torch.float64) * weights * scale.view(-1, *[1] * (values.ndim - 1))
-    return torch.where(weights > 0, product, 0.0).round().to(torch.int64)
-
-
-def potentials(x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
-    """What the k-means++ potential would be with each candidate added.
-
-    ``p_t = sum_n round(w_n min(closest_n, ||x_n - c_t||^2) scale)``
-
-    Args:
-        x: ``[B, N, D]``. candidates: ``[B, T, D]``. closest: ``[B, N]`` squared distances to the centroids so
-            far. weights: ``[B, N]`` float64. scale: ``[B]`` float64, from ``integer_scale``.
-
-    Returns:
-        ``[B, T]`` int64: integers add up to the same in any order.
-    """
     b, n, d = x.shape
-    t = candidates.shape[1]
-    result = x.new_zeros((b, t), dtype=torch.int64)
-    for rows in _blocks(n, b * (t + d)):
-        distances = squared_distances(x[:, rows].to(closest.dtype), candidates.to(closest.dtype))
-        smaller = torch.minimum(distances, closest[:, rows].unsqueeze(-1))
-        result += to_integer(smaller, weights[:, rows].unsqueeze(-1), scale).sum(1)
-    return result
+    grid = units(bounds(x, weights), (weights > 0).sum(1))
+    total, occupied = x.new_zeros((b, 2, k, d + 1), dtype=torch.float64), labels.new_zeros((b, k))
+    sums_(total, occupied, x, labels, weights, grid)
+    nothing = x.new_zeros((b, k, d), dtype=accumulator(x.dtype))
+    return means(total, nothing)[0], counts(labels, weights.new_ones(()).expand(b, n), k)
+
+
+def counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
+    """How many rows of positive weight have each label: ``[B, k]`` int64; entries of -1 are left out."""
+    result = labels.new_zeros((labels.shape[0], k + 1))
+    bucket = torch.where((labels >= 0) & (weights > 0), labels, k)
+    result.scatter_add_(1, bucket, torch.ones_like(bucket))
+    return result[:, :k].contiguous()
 
 
 def unit_rows(x: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""clustops::kmeans_seed, kmeans_potentials, kmeans_closest_: where k-means starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import kmeans_seeding as reference
+from . import register
+
+
+def _fake_seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
+    return x.new_empty((uniform.shape[0], k), dtype=torch.int64)
+
+
+def _fake_potentials(
+    x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    totals = closest.new_empty(candidates.shape[:2], dtype=torch.int64)
+    return totals, closest.new_empty(closest.shape, dtype=torch.int32)
+
+
+def _fake_closest(
+    closest: Tensor,
+    x: Tensor,
+    centroid: Tensor,
+    improves: Tensor | None = None,
+    chosen: Tensor | None = None,
+) -> None:
+    return None
+
+
+register(
+    "kmeans_seed(Tensor x, Tensor weights, Tensor uniform, SymInt k) -> Tensor",
+    reference=reference.seed,
+    fake=_fake_seed,
+)
+register(
+    "kmeans_potentials(Tensor x, Tensor candidates, Tensor closest, Tensor weights, Tensor scale) "
+    "-> (Tensor potentials, Tensor improves)",
+    reference=reference.potentials,
+    fake=_fake_potentials,
+)
+register(
+    "kmeans_closest_(Tensor(a!) closest, Tensor x, Tensor centroid, Tensor? improves=None, "
+    "Tensor? chosen=None) -> ()",
+    reference=reference.closest_,
+    fake=_fake_closest,
+)

@@ -1,0 +1,62 @@
+"""clustops::kmeans_sums_, kmeans_means and what else the update of k-means takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import kmeans_ops as ops
+from . import register
+
+
+def _fake_bounds(x: Tensor, weights: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2] + 1), dtype=torch.float64)
+
+
+def _fake_sums(
+    sums: Tensor,
+    counts: Tensor,
+    x: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    grid: Tensor,
+    before: Tensor | None = None,
+) -> None:
+    return None
+
+
+def _fake_means(sums: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(previous, memory_format=torch.contiguous_format), sums.new_empty(sums.shape[:1])
+
+
+def _fake_counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
+    return labels.new_empty((labels.shape[0], k))
+
+
+def _fake_cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    b, _, d = x.shape
+    return x.new_empty((b, k, d), dtype=ops.accumulator(x.dtype)), labels.new_empty((b, k))
+
+
+register("kmeans_bounds(Tensor x, Tensor weights) -> Tensor", reference=ops.bounds, fake=_fake_bounds)
+register(
+    "kmeans_sums_(Tensor(a!) sums, Tensor(b!) counts, Tensor x, Tensor labels, Tensor weights, Tensor grid, "
+    "Tensor? before=None) -> ()",
+    reference=ops.sums_,
+    fake=_fake_sums,
+)
+register(
+    "kmeans_means(Tensor sums, Tensor previous) -> (Tensor means, Tensor shift)",
+    reference=ops.means,
+    fake=_fake_means,
+)
+register(
+    "kmeans_counts(Tensor labels, Tensor weights, SymInt k) -> Tensor",
+    reference=ops.counts,
+    fake=_fake_counts,
+)
+register(
+    "cluster_means(Tensor x, Tensor labels, Tensor weights, SymInt k) -> (Tensor means, Tensor counts)",
+    reference=ops.cluster_means,
+    fake=_fake_cluster_means,
+)
