@@ -4,7 +4,8 @@
 // these scores for 16 centroids (its rows) and 16 rows of x (its columns). With x', c' the operands rounded to bf16 a
 // score is off by at most
 //   e = |x'| |c - c'| + |x - x'| |c| + (rounding of the sums),
-// so score - e is a lower bound. A block of rows keeps its minima over 4 and over 16 centroids; then each row
+// so score - e is a lower bound. Where a few directions carry most of x and c, as in images, their coefficients enter
+// the product in two bf16 parts, which leaves x and c in e without them. A block of rows keeps its minima over 4 and over 16 centroids; then each row
 // looks at the 4 centroids with the smallest score, whose distance gives it an upper bound, and at all others with a
 // lower bound not above it. Nothing depends on the other rows of a tile.
 #include <immintrin.h>
@@ -28,6 +29,11 @@ constexpr int64_t kPackedBytes = 32 << 10;   // of a block of rows, so that it s
 constexpr int64_t kMaxBlocks = 8;            // tiles of rows in a block
 constexpr int64_t kUnit = 512;               // rows of one unit of parallel work
 
+constexpr int kDirections = 4;
+constexpr int64_t kColumns = 3 * kDirections;  // that they add: high x high, low x high, high x low
+constexpr int64_t kSample = 256;             // centroids from which directions are found
+constexpr int kRounds = 3;                   // of the power iteration for each
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Relative rounding of a sum of n fp32 terms, whatever their order and the direction of rounding.
@@ -41,27 +47,31 @@ float root_above(float sum, int64_t n) {
 // Where things lie in the workspace, in floats: for each problem the mean and the packed centroids, then for each
 // thread what a block of rows needs.
 struct Layout {
-  int64_t groups, steps, kept;                                  // kept: groups of a chunk
-  int64_t bounds, half_norms, tiles, problem;
+  int64_t groups, steps, padded, kept;                          // kept: groups of a chunk
+  int64_t directions, used, bounds, half_norms, tiles, problem;  // the mean comes first
   int64_t blocks;                                               // tiles of rows in a block
-  int64_t few, low, wide;
+  int64_t rounded, few, low, wide;                              // packed rows come first
 
   Layout(int64_t clusters, int64_t features)
       : groups(divide_up(clusters, kSide)),
-        steps(std::max<int64_t>(divide_up(features, kStep), 1)),
+        steps(divide_up(features + kColumns, kStep)),
+        padded(steps * kStep),
         kept(std::min(groups, kChunk)),
-        bounds(steps * kStep),
-        half_norms(bounds + divide_up(groups * 3, kSide) * kSide),
+        directions(padded),
+        used(directions + kDirections * padded),
+        bounds(used + kSide),
+        half_norms(bounds + divide_up(groups * 4, kSide) * kSide),
         tiles(half_norms + groups * kTile),
         problem(tiles + groups * steps * kTile),
         blocks(std::clamp<int64_t>(kPackedBytes / (steps * kTile * 4), 2, kMaxBlocks)),
-        few(blocks * steps * kTile),
+        rounded(blocks * steps * kTile),
+        few(rounded + steps * kTile),
         low(few + blocks * kept * kParts * kSide),
         wide(low + blocks * kept * kSide) {}
 
   int64_t rows() const { return blocks * kSide; }
   int64_t thread(int64_t features, DType dtype) const {
-    return wide + (is_half(dtype) ? divide_up(rows() * features, kSide) * kSide : 0);
+    return std::max(wide + (is_half(dtype) ? divide_up(rows() * features, kSide) * kSide : 0), (kSample + 1) * padded);
   }
 };
 
@@ -89,34 +99,100 @@ inline __m512 shifted(const double* x, const float* mean, int64_t d, int64_t fea
   return _mm512_insertf32x8(_mm512_castps256_ps512(half(d)), half(d + 8), 1);
 }
 
-struct Norms {
-  float square;    // |x|^2
-  float residual;  // at least |x - x'|, x before it was shifted in fp32
+// By what all vectors of a problem are shifted, and the directions taken out of them, if any.
+struct Frame {
+  const float* mean;        // [padded], as each direction
+  const float* directions;  // [kDirections, padded] orthonormal
+  bool used;
+  int64_t features, steps, padded;
+
+  Frame(const Layout& layout, const float* base, int64_t features)
+      : mean(base),
+        directions(base + layout.directions),
+        used(base[layout.used] != 0),
+        features(features),
+        steps(used ? layout.steps : std::max<int64_t>(divide_up(features, kStep), 1)),
+        padded(layout.padded) {}
+
+  // What the identity x.c = coefficients.coefficients + rest.rest may be off by, relative to |x| |c|: two bf16 parts of
+  // a coefficient, and directions that are orthogonal, and to the rests, but for fp32 rounding.
+  float slack() const { return used ? 0x1p-16f + rounding(2 * (features / 16) + 80) : 0.0f; }
 };
 
-// A row of x, or a centroid, shifted and rounded to [steps, 32] bf16, `stride` elements between steps.
+// The coefficients as bf16 in the columns behind the features: high, low, high, or for centroids high, high, low.
+inline void add_coefficients(const float (&coefficients)[kDirections], int64_t features, bool centroid, uint16_t* out,
+                             int64_t stride) {
+  for (int i = 0; i < kDirections; ++i) {
+    const __m512 value = _mm512_set1_ps(coefficients[i]);
+    const __m512i high = to_bf16(value, value);
+    const __m512i low = to_bf16(value - of_bf16(_mm512_castsi512_si256(high)), value);
+    const uint16_t parts[2] = {static_cast<uint16_t>(_mm512_cvtsi512_si32(high)),
+                               static_cast<uint16_t>(_mm512_cvtsi512_si32(low))};
+    const int order[2][3] = {{0, 1, 0}, {0, 0, 1}};
+    for (int j = 0; j < 3; ++j) {
+      const int64_t column = features + j * kDirections + i;
+      out[column / kStep * stride + column % kStep] = parts[order[centroid][j]];
+    }
+  }
+}
+
+struct Norms {
+  float square;    // |x|^2
+  float norm;      // at least |x|
+  float rest;      // at least |r|, what is left of x without the directions,
+  float residual;  // and |r - r'|
+};
+
+// x - mean, a row or a centroid, rounded to [steps, 32] bf16, `stride` elements between steps.
 template <class T>
-Norms round_row(const T* x, const float* mean, int64_t features, int64_t steps, bool negate, uint16_t* out,
-                int64_t stride) {
-  const __m512i sign = _mm512_set1_epi32(negate ? INT32_MIN : 0);
-  __m512 square = _mm512_setzero_ps(), residual = _mm512_setzero_ps();
-  for (int64_t s = 0; s < steps; ++s) {
-    __m512 y[2];
-    for (int i = 0; i < 2; ++i) {
-      y[i] = shifted(x, mean, s * kStep + 16 * i, features);
-      y[i] = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(y[i]), sign));
+Norms round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, int64_t stride) {
+  const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(centroid ? INT32_MIN : 0));
+  const auto load = [&](int64_t d) { return _mm512_xor_ps(shifted(x, frame.mean, d, frame.features), sign); };
+  __m512 square = _mm512_setzero_ps(), rest = square, residual = square;
+  __m512 coefficient[kDirections];
+  alignas(16) float coefficients[kDirections];
+  if (frame.used) {
+    std::fill_n(coefficient, kDirections, square);
+    for (int64_t d = 0; d < frame.features; d += 16) {
+      const __m512 y = load(d);
+      square = _mm512_fmadd_ps(y, y, square);
+#pragma GCC unroll 4
+      for (int i = 0; i < kDirections; ++i) {
+        coefficient[i] = _mm512_fmadd_ps(y, _mm512_loadu_ps(frame.directions + i * frame.padded + d), coefficient[i]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kDirections; ++i) {
+      coefficients[i] = _mm512_reduce_add_ps(coefficient[i]);
+      coefficient[i] = _mm512_set1_ps(coefficients[i]);
+    }
+  }
+  for (int64_t s = 0; s < frame.steps; ++s) {
+    __m512 y[2] = {load(s * kStep), load(s * kStep + 16)};
+    if (frame.used) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kDirections; ++i) {
+        const float* direction = frame.directions + i * frame.padded + s * kStep;
+        y[0] = _mm512_fnmadd_ps(coefficient[i], _mm512_loadu_ps(direction), y[0]);
+        y[1] = _mm512_fnmadd_ps(coefficient[i], _mm512_loadu_ps(direction + 16), y[1]);
+      }
     }
     const __m512i rounded = to_bf16(y[0], y[1]);
-    const __m512 rest[2] = {y[0] - of_bf16(_mm512_castsi512_si256(rounded)),
+    const __m512 left[2] = {y[0] - of_bf16(_mm512_castsi512_si256(rounded)),
                             y[1] - of_bf16(_mm512_extracti64x4_epi64(rounded, 1))};
     for (int i = 0; i < 2; ++i) {
-      square = _mm512_fmadd_ps(y[i], y[i], square);
-      residual = _mm512_fmadd_ps(rest[i], rest[i], residual);
+      rest = _mm512_fmadd_ps(y[i], y[i], rest);
+      residual = _mm512_fmadd_ps(left[i], left[i], residual);
     }
     _mm512_storeu_si512(out + s * stride, rounded);
   }
-  const float norm = _mm512_reduce_add_ps(square);
-  return {norm, root_above(_mm512_reduce_add_ps(residual), features) + 0x1.02p-24f * root_above(norm, features)};
+  if (frame.used) add_coefficients(coefficients, frame.features, centroid, out, stride);
+  Norms norms;
+  norms.square = _mm512_reduce_add_ps(frame.used ? square : rest);
+  norms.norm = root_above(norms.square, frame.features);
+  norms.rest = root_above(_mm512_reduce_add_ps(rest), frame.features);
+  norms.residual = root_above(_mm512_reduce_add_ps(residual), frame.features);
+  return norms;
 }
 
 // [16, 16] pairs of bf16, transposed.
@@ -147,40 +223,110 @@ inline void transpose(const uint16_t* from, int64_t stride, uint16_t* to) {
   }
 }
 
-// 16 centroids: negated bf16 [steps, 16, 32], half norms each repeated over a tile's row, and three numbers b with
-// e <= |x'| b0 + |x - x'| b1 + b2 for all of them.
+// Makes direction m of `directions` orthogonal to those before it and of length 1, to the last bits of fp32.
+inline bool orthonormal(float* directions, int m, int64_t padded) {
+  float* u = directions + m * padded;
+  const auto dot = [&](const float* v) {
+    double sum = 0;
+    for (int64_t d = 0; d < padded; ++d) sum += static_cast<double>(u[d]) * v[d];
+    return sum;
+  };
+  for (int again = 0; again < 2; ++again) {
+    double overlap[kDirections];
+    const double scale = 1 / std::sqrt(dot(u));
+    if (!std::isfinite(scale)) return false;
+    for (int i = 0; i < m; ++i) overlap[i] = scale * dot(directions + i * padded);
+    for (int64_t d = 0; d < padded; ++d) {
+      double value = scale * u[d];
+      for (int i = 0; i < m; ++i) value -= overlap[i] * directions[i * padded + d];
+      u[d] = static_cast<float>(value);
+    }
+  }
+  for (int i = 0; i <= m; ++i) {
+    if (!(std::abs(dot(directions + i * padded) - (i == m)) < 0x1p-22)) return false;
+  }
+  return true;
+}
+
+// The directions that carry most of (up to kSample of) the centroids, by power iteration on what is left of them in
+// `left` [kSample, padded], and whether they are worth taking out: whether they carry more than half.
+template <class T>
+void find_directions(const KMeansAssign& a, const Layout& layout, int64_t b, float* base, float* left) {
+  const int64_t count = std::min(a.clusters, kSample), padded = layout.padded;
+  const auto dot = [&](const float* u, const float* v) {
+    Vec sum = Vec::set1(0.0f);
+    for (int64_t d = 0; d < padded; d += 16) sum = fma(Vec::load(u + d), Vec::load(v + d), sum);
+    return reduce_add(sum);
+  };
+  const auto add = [&](float factor, const float* u, float* v) {
+    for (int64_t d = 0; d < padded; d += 16) fma(Vec::set1(factor), Vec::load(u + d), Vec::load(v + d)).store(v + d);
+  };
+  double energy[kDirections + 1] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    const T* c = a.centroid<T>(b, i * a.clusters / count);
+    for (int64_t d = 0; d < padded; d += 16) Vec{shifted(c, base, d, a.features)}.store(left + i * padded + d);
+  }
+  base[layout.used] = 0;
+  for (int m = 0; m <= kDirections; ++m) {
+    const float* longest = left;
+    float most = -1;
+    for (int64_t i = 0; i < count; ++i) {
+      const float square = dot(left + i * padded, left + i * padded);
+      energy[m] += square;
+      if (square > most) most = square, longest = left + i * padded;
+    }
+    if (m == kDirections || !(most > 0x1p-80f) || !(energy[m] < 0x1p80)) break;
+    float* direction = base + layout.directions + m * padded;
+    std::copy(longest, longest + padded, direction);
+    for (int round = 0; round < kRounds; ++round) {
+      float* sum = left + count * padded;
+      std::fill(sum, sum + padded, 0.0f);
+      const float scale = 1 / std::sqrt(dot(direction, direction));
+      for (int64_t i = 0; i < count; ++i) add(scale * dot(left + i * padded, direction), left + i * padded, sum);
+      std::copy(sum, sum + padded, direction);
+    }
+    if (!orthonormal(base + layout.directions, m, padded)) break;
+    for (int64_t i = 0; i < count; ++i) add(-dot(left + i * padded, direction), direction, left + i * padded);
+    if (m + 1 == kDirections) base[layout.used] = 1;
+  }
+  if (!(energy[kDirections] < 0.5 * energy[0])) base[layout.used] = 0;
+}
+
+// 16 centroids: negated bf16 [steps, 16, 32], half norms each repeated over a tile's row, and four numbers b with
+// e <= |r'| b0 + |r - r'| b1 + |x| b2 + b3 for all of them.
 template <class T>
 void pack_group(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t g, float* base) {
+  const Frame frame(layout, base, a.features);
   uint16_t* tiles = reinterpret_cast<uint16_t*>(base + layout.tiles + g * layout.steps * kTile);
   float* half_norms = base + layout.half_norms + g * kTile;
-  const float sums = rounding(layout.steps * kStep + 4);
-  float bound[3] = {0, 0, 0};
+  const float sums = rounding(layout.padded + 4);
+  float bound[4] = {0, 0, 0, 0};
+  std::memset(tiles, 0, layout.steps * kTile * sizeof(float));
   for (int j = 0; j < kSide; ++j) {
     const int64_t k = g * kSide + j;
     float half_norm = kInfinity;  // padding never wins
     if (k < a.clusters) {
-      const Norms norms = round_row(a.centroid<T>(b, k), base, a.features, layout.steps, true, tiles + j * kStep, 2 * kTile);
-      const float norm = root_above(norms.square, a.features);
+      const Norms norms = round_vector(a.centroid<T>(b, k), frame, true, tiles + j * kStep, 2 * kTile);
       half_norm = 0.5f * norms.square;
-      bound[0] = std::max(bound[0], norms.residual + sums * (norm + norms.residual));
-      bound[1] = std::max(bound[1], norm);
-      bound[2] = std::max(bound[2], (sums + rounding(a.features + 4)) * half_norm);
-    } else {
-      for (int64_t s = 0; s < layout.steps; ++s) std::memset(tiles + s * 2 * kTile + j * kStep, 0, 2 * kStep);
+      bound[0] = std::max(bound[0], norms.residual);
+      bound[1] = std::max(bound[1], norms.rest);
+      bound[2] = std::max(bound[2], (2 * sums + frame.slack()) * norms.norm);
+      bound[3] = std::max(bound[3], 2 * sums * half_norm);
     }
     std::fill_n(half_norms + j * kSide, kSide, half_norm);
   }
   // A product below the smallest normal number counts as zero.
-  bound[2] += static_cast<float>(layout.steps * kStep) * 0x1p-125f;
-  for (int i = 0; i < 3; ++i) base[layout.bounds + 3 * g + i] = 1.0001f * bound[i];
+  bound[3] += static_cast<float>(layout.padded) * 0x1p-125f;
+  for (int i = 0; i < 4; ++i) base[layout.bounds + 4 * g + i] = 1.0001f * bound[i];
 }
 
 // What is known of 16 rows.
 template <class T>
 struct alignas(64) State {
   float square[kSide];    // |x|^2
-  float norm[kSide];      // at least |x'|
-  float residual[kSide];  // at least |x - x'|
+  float norm[kSide];      // at least |x|
+  float rest[kSide];      // at least |r'|
+  float residual[kSide];  // at least |r - r'|
   float upper[kSide];     // the score of the nearest centroid so far is not above this
   float best[kSide];      // smallest lower bound of this chunk,
   int32_t group[kSide];   // and where it is
@@ -189,34 +335,31 @@ struct alignas(64) State {
 
 // `count` rows from row i on, as [steps, 16 pairs, 16 rows] pairs of bf16; missing rows are zero and want nothing.
 template <class T>
-void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign& a, const Layout& layout,
-               const float* mean, uint16_t* packed, State<T>& state) {
-  alignas(64) uint16_t rounded[kSide][kStep * 8];
-  for (int64_t s0 = 0; s0 < layout.steps; s0 += 8) {  // so that `rounded` has a fixed size
-    const int64_t steps = std::min<int64_t>(8, layout.steps - s0), d0 = s0 * kStep;
-    for (int r = 0; r < kSide; ++r) {
-      Norms norms{0, 0};
-      if (r < count) {
-        norms = round_row(rows[i + r] + d0, mean + d0, a.features - d0, steps, false, rounded[r], kStep);
-      } else {
-        std::memset(rounded[r], 0, sizeof rounded[r]);
-      }
-      state.square[r] = s0 == 0 ? norms.square : state.square[r] + norms.square;
-      state.residual[r] = s0 == 0 ? norms.residual : state.residual[r] + norms.residual;
-    }
-    for (int64_t s = 0; s < steps; ++s) transpose(rounded[0] + s * kStep, kStep * 8, packed + (s0 + s) * 2 * kTile);
-  }
+void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign& a, const Frame& frame,
+               uint16_t* rounded, uint16_t* packed, State<T>& state) {
   for (int r = 0; r < kSide; ++r) {
-    state.norm[r] = root_above(state.square[r], a.features) + state.residual[r];
-    state.upper[r] = r < count && std::isfinite(state.square[r]) ? kInfinity : -kInfinity;
+    uint16_t* out = rounded + r * frame.padded;
+    Norms norms{0, 0, 0, 0};
+    if (r < count) {
+      norms = round_vector(rows[i + r], frame, false, out, kStep);
+    } else {
+      std::memset(out, 0, frame.padded * sizeof *out);
+    }
+    state.square[r] = norms.square;
+    state.norm[r] = norms.norm;
+    state.rest[r] = norms.rest + norms.residual;
+    state.residual[r] = norms.residual;
+    state.upper[r] = r < count && std::isfinite(norms.square) ? kInfinity : -kInfinity;
     state.nearest[r] = {a.clusters, std::numeric_limits<T>::infinity()};
   }
+  for (int64_t s = 0; s < frame.steps; ++s) transpose(rounded + s * kStep, frame.padded, packed + s * 2 * kTile);
 }
 
-// Scores of kGroups x 16 centroids and kBlocks x 16 rows: half norms plus the products of [steps] tiles.
+// Scores of kGroups x 16 centroids and kBlocks x 16 rows: half norms plus the products of `steps` tiles; `next` elements
+// lie between groups, and between blocks.
 template <int kGroups, int kBlocks>
-inline void score(const uint16_t* centroids, const float* half_norms, const uint16_t* rows, int64_t steps, float* scores) {
-  const int64_t next = steps * 2 * kTile;
+inline void score(const uint16_t* centroids, const float* half_norms, const uint16_t* rows, int64_t next, int64_t steps,
+                  float* scores) {
   _tile_loadd(0, half_norms, 64);
   if (kBlocks > 1) _tile_loadd(1, half_norms, 64);
   if (kGroups > 1) _tile_loadd(2, half_norms + kTile, 64);
@@ -241,8 +384,9 @@ inline void score(const uint16_t* centroids, const float* half_norms, const uint
 template <class T>
 inline void keep(const float* scores, const float* bound, int64_t g, float* few, float* low, State<T>& state) {
   const __m512 e = _mm512_fmadd_ps(
-      _mm512_load_ps(state.norm), _mm512_set1_ps(bound[0]),
-      _mm512_fmadd_ps(_mm512_load_ps(state.residual), _mm512_set1_ps(bound[1]), _mm512_set1_ps(bound[2])));
+      _mm512_load_ps(state.rest), _mm512_set1_ps(bound[0]),
+      _mm512_fmadd_ps(_mm512_load_ps(state.residual), _mm512_set1_ps(bound[1]),
+                      _mm512_fmadd_ps(_mm512_load_ps(state.norm), _mm512_set1_ps(bound[2]), _mm512_set1_ps(bound[3]))));
   __m512 least[kParts];
 #pragma GCC unroll 4
   for (int i = 0; i < kParts; ++i) {
@@ -264,13 +408,14 @@ template <class T>
 class Block {
  public:
   Block(const KMeansAssign& a, const Layout& layout, int64_t b, float* scratch)
-      : a_(a), layout_(layout), b_(b), base_(a.workspace + b * layout.problem), scratch_(scratch) {}
+      : a_(a), layout_(layout), b_(b), base_(a.workspace + b * layout.problem), scratch_(scratch), frame_(layout, base_, a.features) {}
 
   void assign(int64_t first, int64_t count) {
     rows_ = rows_of<T>(a_, b_, first, count, scratch_ + layout_.wide);
     const int64_t blocks = divide_up(count, kSide);
     for (int64_t s = 0; s < blocks; ++s) {
-      pack_rows(rows_, s * kSide, std::min<int64_t>(kSide, count - s * kSide), a_, layout_, base_, packed(s), state_[s]);
+      pack_rows(rows_, s * kSide, std::min<int64_t>(kSide, count - s * kSide), a_, frame_,
+                reinterpret_cast<uint16_t*>(scratch_ + layout_.rounded), packed(s), state_[s]);
     }
     asm volatile("" ::: "memory");  // tile loads are opaque to the compiler
     for (int64_t g0 = 0; g0 < layout_.groups; g0 += layout_.kept) {
@@ -303,12 +448,13 @@ class Block {
   void tiles(int64_t g0, int64_t g, int64_t s) {
     alignas(64) float scores[4 * kTile];
     const uint16_t* centroids = reinterpret_cast<const uint16_t*>(base_ + layout_.tiles + (g0 + g) * layout_.steps * kTile);
-    score<kGroups, kBlocks>(centroids, base_ + layout_.half_norms + (g0 + g) * kTile, packed(s), layout_.steps, scores);
+    score<kGroups, kBlocks>(centroids, base_ + layout_.half_norms + (g0 + g) * kTile, packed(s), layout_.steps * 2 * kTile,
+                            frame_.steps, scores);
 #pragma GCC unroll 2
     for (int i = 0; i < kGroups; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < kBlocks; ++j) {
-        keep(scores + (2 * i + j) * kTile, base_ + layout_.bounds + 3 * (g0 + g + i), g + i, few(s + j, g + i),
+        keep(scores + (2 * i + j) * kTile, base_ + layout_.bounds + 4 * (g0 + g + i), g + i, few(s + j, g + i),
              low(s + j, g + i), state_[s + j]);
       }
     }
@@ -359,6 +505,7 @@ class Block {
   const int64_t b_;
   float* const base_;
   float* const scratch_;
+  const Frame frame_;
   Rows<T> rows_{};
   State<T> state_[kMaxBlocks];
 };
@@ -379,18 +526,21 @@ template <class T>
 void assign(const KMeansAssign& a, int threads) {
   const Layout layout(a.clusters, a.features);
   const auto base = [&](int64_t b) { return a.workspace + b * layout.problem; };
-  const int64_t columns = divide_up(layout.bounds, kMeanColumns);
+  float* scratch = a.workspace + a.problems * layout.problem;
+  const int64_t columns = divide_up(layout.padded, kMeanColumns);
   parallel_for(a.problems * columns, threads, [&](int64_t i, int) {
     float* mean = base(i / columns);
     const int64_t first = i % columns * kMeanColumns;
-    std::fill(mean + first, mean + std::min(first + kMeanColumns, layout.bounds), 0.0f);
+    std::fill(mean + first, mean + std::min(first + kMeanColumns, layout.padded), 0.0f);
     if (first < a.features) mean_of_columns<T>(a, i / columns, first, mean);
+  });
+  parallel_for(a.problems, threads, [&](int64_t b, int thread) {
+    find_directions<T>(a, layout, b, base(b), scratch + thread * layout.thread(a.features, a.dtype));
   });
   parallel_for(a.problems * layout.groups, threads, [&](int64_t i, int) {
     pack_group<T>(a, layout, i / layout.groups, i % layout.groups, base(i / layout.groups));
   });
   const int64_t units = divide_up(a.rows, kUnit);
-  float* scratch = a.workspace + a.problems * layout.problem;
   parallel_for(a.problems * units, threads, [&](int64_t i, int thread) {
     const Tiles tiles;
     const int64_t b = i / units, end = std::min(a.rows, (i % units + 1) * kUnit);
