@@ -17,6 +17,7 @@ from support import generator, seeds
 from torch import Tensor
 
 from clustops.reference import kmeans_ops as ops
+from clustops.reference import kmeans_seeding as seeding
 
 TESTS = Path(__file__).parent
 CUDA = TESTS.parent / "csrc" / "cuda"
@@ -39,7 +40,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-SOURCES = ["kmeans_update.cu"]
+SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu"]
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -133,7 +134,9 @@ def grid_of(x: Tensor, weights: Tensor) -> Tensor:
 
 
 def reference_sums(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return ops.sums(x, labels, weights, grid_of(x, weights), k)
+    total, counts = zeros(x.shape[0], x.shape[2], k)
+    ops.sums_(total, counts, x, labels, weights, grid_of(x, weights))
+    return total, counts
 
 
 @few
@@ -203,7 +206,112 @@ def test_means_are_the_reference_s_and_the_shift_is_their_distance(
     total, _ = reference_sums(x, labels_of(b, 40, k, seed), weights, k)
     previous = torch.randn(b, k, d, generator=generator(seed)).to(dtype)
     found = Results(program, "means", order, dtype, [b, k, d], total, previous)
-    means = ops.means_of(total, previous)
+    means, shift = ops.means(total, previous)
     assert_bits(found.take(dtype, b, k, d), means)
-    shift = (means.double() - previous.double()).square().sum((-1, -2))
     torch.testing.assert_close(found.take(torch.float64, b), shift, rtol=1e-12, atol=0)
+
+
+def whole(b: int, n: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Small whole numbers: every distance is exact in fp32."""
+    return torch.randint(-4, 5, (b, n, d), generator=generator(seed)).to(dtype)
+
+
+def squares(x: Tensor, centroids: Tensor) -> Tensor:
+    return (x.double().unsqueeze(2) - centroids.double().unsqueeze(1)).square().sum(-1)
+
+
+@few
+@given(
+    b=st.integers(0, 2),
+    restarts=st.integers(1, 2),
+    n=st.sampled_from([1, 255, 257]),
+    d=st.sampled_from([0, 1, 31, 33, 70]),
+    t=st.sampled_from([1, 4, 5, 9, 32]),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_potentials_and_improvements_are_exact_on_whole_numbers(
+    program: Path,
+    b: int,
+    restarts: int,
+    n: int,
+    d: int,
+    t: int,
+    dtype: torch.dtype,
+    order: int,
+    seed: int,
+) -> None:
+    e, wide, g = b * restarts, ops.accumulator(dtype), generator(seed)
+    x = whole(b, n, d, dtype, seed)
+    candidates = whole(e, t, d, wide, seed + 1)
+    closest = torch.randint(0, 20 * d + 1, (e, n), generator=g).to(wide)
+    weights = torch.randint(0, 3, (e, n), generator=g).double() / 2
+    scale = 2.0 ** torch.randint(0, 9, (e,), generator=g).double()
+    inputs = (x, candidates, closest, weights, scale)
+    found = Results(program, "potentials", order, dtype, [b, n, d, e, t], *inputs)
+    exact = squares(x.repeat_interleave(restarts, 0), candidates)
+    nearer = exact < closest.unsqueeze(-1)
+    left = torch.where(nearer, exact, closest.unsqueeze(-1).double())
+    expected = (left * weights.unsqueeze(-1) * scale.view(-1, 1, 1)).round().sum(1).to(torch.int64)
+    assert_bits(found.take(torch.int64, e, t), expected)
+    improves = found.take(torch.int32, e, n)
+    assert torch.equal((improves.unsqueeze(-1) >> torch.arange(t, dtype=torch.int32)) & 1, nearer.int())
+
+
+@few
+@given(
+    b=st.integers(0, 2),
+    restarts=st.integers(1, 2),
+    n=st.sampled_from([1, 255, 257]),
+    d=st.sampled_from([0, 1, 33]),
+    masked=st.booleans(),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_the_closest_distance_is_lowered_where_it_may_be(
+    program: Path, b: int, restarts: int, n: int, d: int, masked: bool, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    e, wide, g = b * restarts, ops.accumulator(dtype), generator(seed)
+    x, centroid = whole(b, n, d, dtype, seed), whole(e, 1, d, wide, seed + 1)
+    before = torch.randint(0, 20 * d + 1, (e, n), generator=g).to(wide)
+    improves = torch.randint(-(2**31), 2**31, (e, n), generator=g, dtype=torch.int32)
+    chosen = torch.randint(0, 32, (e,), generator=g)
+    inputs = (before, x, centroid, *((improves, chosen) if masked else ()))
+    found = Results(program, "closest", order, dtype, [b, n, d, e, int(masked)], *inputs)
+    exact = squares(x.repeat_interleave(restarts, 0), centroid)[..., 0].to(wide)
+    looked_at = ((improves >> chosen.unsqueeze(1)) & 1 == 1) | (not masked)
+    assert_bits(found.take(wide, e, n), torch.where(looked_at & (exact < before), exact, before))
+
+
+@few
+@given(
+    b=st.integers(0, 2),
+    restarts=st.integers(1, 2),
+    n=st.sampled_from([1, 30, 1030]),
+    d=st.sampled_from([1, 3]),
+    dtype=dtypes,
+    order=orders,
+    seed=seeds,
+)
+def test_a_start_is_the_reference_s(
+    program: Path, b: int, restarts: int, n: int, d: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    e, k, t = b * restarts, min(n, 5), 3
+    g = generator(seed)
+    x = torch.randn(b, n, d, generator=g).to(dtype)
+    weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(0, 2, (b, n), generator=g)
+    weights[:, -1] = 1
+    uniform = torch.rand(e, k * t, generator=g, dtype=torch.float64)
+    found = Results(program, "seed", order, dtype, [b, n, d, e, k, t], x, weights, uniform)
+    assert_bits(found.take(torch.int64, e, k), seeding.seed(x, weights, uniform, k))
+
+
+def test_the_first_row_fills_up_where_nothing_is_left_to_draw(program: Path) -> None:
+    x = torch.tensor([[[1.0], [3.0], [1.0], [3.0]]])
+    uniform = torch.rand(1, 8, generator=generator(0), dtype=torch.float64)
+    found = Results(program, "seed", 2, x.dtype, [1, 4, 1, 1, 4, 2], x, torch.ones(1, 4).double(), uniform)
+    chosen = found.take(torch.int64, 1, 4)
+    assert torch.equal(chosen, seeding.seed(x, torch.ones(1, 4).double(), uniform, 4))
+    assert chosen[0, 2:].tolist() == [int(chosen[0, 0])] * 2

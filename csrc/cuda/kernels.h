@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/kmeans.h"
+#include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
 
 namespace clustops::cuda {
@@ -10,5 +11,9 @@ void kmeans_assign(const KMeansAssign& problem, void* stream);
 void kmeans_bounds(const KMeansBounds& problem, void* stream);
 void kmeans_sums(const KMeansSums& problem, void* stream);
 void kmeans_means(const KMeansMeans& problem, void* stream);
+void kmeans_potentials(const KMeansPotentials& problem, void* stream);
+void kmeans_closest(const KMeansClosest& problem, void* stream);
+void kmeans_seed(const KMeansSeed& problem, void* stream);
+int64_t kmeans_seed_workspace(int64_t entries, int64_t rows, int64_t features, int64_t trials);  // in 64-bit words
 
 }  // namespace clustops::cuda

@@ -78,6 +78,49 @@ void means(DType dtype, const int64_t* size) {
   shift.write();
 }
 
+DType accumulator(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+KMeansRows rows_of(Array<char>& x, Array<double>* weights, const int64_t* size, DType dtype) {
+  const int64_t b = size[0], n = size[1], d = size[2];
+  return {x.data(), weights ? weights->data() : nullptr, b, n, d, n * d, d, n, 1, dtype};
+}
+
+void potentials(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2], e = size[3], t = size[4], wide = size_of(accumulator(dtype));
+  auto x = Array<char>::read(b * n * d * size_of(dtype));
+  auto candidates = Array<char>::read(e * t * d * wide), closest = Array<char>::read(e * n * wide);
+  auto weights = Array<double>::read(e * n), scale = Array<double>::read(e);
+  auto found = Array<int64_t>::room(e * t);
+  auto improves = Array<int32_t>::room(e * n);
+  cuda::kmeans_potentials({rows_of(x, &weights, size, dtype), candidates.data(), closest.data(), scale.data(),
+                           found.data(), improves.data(), e, t},
+                          nullptr);
+  found.write();
+  improves.write();
+}
+
+void closest(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2], e = size[3], masked = size[4], wide = size_of(accumulator(dtype));
+  auto closest = Array<char>::read(e * n * wide), x = Array<char>::read(b * n * d * size_of(dtype));
+  auto centroid = Array<char>::read(e * d * wide);
+  auto improves = Array<int32_t>::read(masked ? e * n : 0);
+  auto chosen = Array<int64_t>::read(masked ? e : 0);
+  cuda::kmeans_closest({rows_of(x, nullptr, size, dtype), closest.data(), centroid.data(),
+                        masked ? improves.data() : nullptr, masked ? chosen.data() : nullptr, e, n},
+                       nullptr);
+  closest.write();
+}
+
+void seed(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2], e = size[3], k = size[4], t = size[5];
+  auto x = Array<char>::read(b * n * d * size_of(dtype));
+  auto weights = Array<double>::read(b * n), uniform = Array<double>::read(e * k * t);
+  auto chosen = Array<int64_t>::room(e * k), workspace = Array<int64_t>::room(cuda::kmeans_seed_workspace(e, n, d, t));
+  cuda::kmeans_seed(
+      {rows_of(x, &weights, size, dtype), uniform.data(), chosen.data(), workspace.data(), e, k, t}, nullptr);
+  chosen.write();
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -89,4 +132,7 @@ int main(int count, char** arguments) {
   if (operation == "bounds") bounds(dtype, size.data());
   if (operation == "sums") sums(dtype, size.data());
   if (operation == "means") means(dtype, size.data());
+  if (operation == "potentials") potentials(dtype, size.data());
+  if (operation == "closest") closest(dtype, size.data());
+  if (operation == "seed") seed(dtype, size.data());
 }
