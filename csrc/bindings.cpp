@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "common/kmeans.h"
 #include "cpu/kernels.h"
 #ifdef CLUSTOPS_WITH_CUDA
@@ -169,6 +171,50 @@ void bind_kmeans_update_cuda(py::module_& m) {
             reinterpret_cast<void*>(stream));
       },
       release());
+  m.def(
+      "kmeans_counts_cuda",
+      [](const Tensor& labels, const Tensor& weights, const Tensor& counts, uintptr_t stream) {
+        cuda::kmeans_counts(clustops::kmeans_counts_arguments(labels, weights, counts, Device::cuda),
+                            reinterpret_cast<void*>(stream));
+      },
+      release());
+}
+
+void bind_kmeans_seeding_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "kmeans_potentials_cuda",
+      [](const Tensor& x, const Tensor& candidates, const Tensor& closest, const Tensor& weights, const Tensor& scale,
+         const Tensor& potentials, const Tensor& improves, uintptr_t stream) {
+        cuda::kmeans_potentials(clustops::kmeans_potentials_arguments(x, candidates, closest, weights, scale,
+                                                                      potentials, improves, Device::cuda),
+                                reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "kmeans_closest_cuda",
+      [](const Tensor& closest, const Tensor& x, const Tensor& centroid, const std::optional<Tensor>& improves,
+         const std::optional<Tensor>& chosen, uintptr_t stream) {
+        cuda::kmeans_closest(
+            clustops::kmeans_closest_arguments(closest, x, centroid, improves ? &*improves : nullptr,
+                                               chosen ? &*chosen : nullptr, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def("kmeans_seed_workspace", &cuda::kmeans_seed_workspace);
+  m.def(
+      "kmeans_seed_cuda",
+      [](const Tensor& x, const Tensor& weights, const Tensor& uniform, const Tensor& chosen, const Tensor& workspace,
+         uintptr_t stream) {
+        const int64_t entries = chosen.shape[0], clusters = chosen.shape[1];
+        const int64_t trials = clusters > 0 ? uniform.shape[1] / clusters : 0;
+        const int64_t size = cuda::kmeans_seed_workspace(entries, x.shape[1], x.shape[2], trials);
+        cuda::kmeans_seed(
+            clustops::kmeans_seed_arguments(x, weights, uniform, chosen, workspace, size, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
 }
 #endif
 
@@ -180,5 +226,6 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_update_cuda(m);
+  bind_kmeans_seeding_cuda(m);
 #endif
 }

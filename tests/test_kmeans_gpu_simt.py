@@ -36,7 +36,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++17", "-O1", "-g", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [TESTS / "native" / "kmeans_gpu.cpp", *(CUDA / name for name in SOURCES)]
-    subprocess.run([str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True)
+    subprocess.run(
+        [str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True
+    )
     return built
 
 
@@ -50,7 +52,9 @@ def bytes_of(tensor: Tensor) -> bytes:
 class Results:
     """The results of one run, taken from its output in order."""
 
-    def __init__(self, program: Path, operation: str, order: int, dtype: torch.dtype, sizes: list[int], *inputs: Tensor):
+    def __init__(
+        self, program: Path, operation: str, order: int, dtype: torch.dtype, sizes: list[int], *inputs: Tensor
+    ):
         command = [str(program), operation, *(str(s) for s in (order, DTYPES[dtype], *sizes))]
         run = subprocess.run(command, input=b"".join(map(bytes_of, inputs)), capture_output=True, check=False)
         assert run.returncode == 0, run.stderr.decode()
@@ -74,7 +78,9 @@ def draw(b: int, n: int, d: int, dtype: torch.dtype, seed: int) -> tuple[Tensor,
     """Rows of magnitudes from 1e-8 to 1, and weights, a third of them 0."""
     g = generator(seed)
     x = torch.randn(b, n, d, generator=g) * 10.0 ** -torch.randint(0, 8, (b, n, d), generator=g)
-    weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(0, 3, (b, n), generator=g).clamp(max=1)
+    weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(
+        0, 3, (b, n), generator=g
+    ).clamp(max=1)
     return x.to(dtype), weights
 
 
@@ -155,7 +161,9 @@ def test_sums_are_the_reference_s_bit_for_bit(
     x, weights = draw(b, n, d, dtype, seed)
     labels = labels_of(b, n, k, seed)
     expected = reference_sums(x, labels, weights, k)
-    for got, right in zip(add(program, order, zeros(b, d, k), x, labels, None, weights), expected, strict=True):
+    for got, right in zip(
+        add(program, order, zeros(b, d, k), x, labels, None, weights), expected, strict=True
+    ):
         assert_bits(got, right)
 
 
@@ -188,6 +196,21 @@ def test_rows_that_moved_turn_the_sums_of_old_labels_into_those_of_new_ones(
     after = add(program, order, reference_sums(x, before, weights, k), x, labels, before, weights)
     for got, right in zip(after, reference_sums(x, labels, weights, k), strict=True):
         assert_bits(got, right)
+
+
+@few
+@given(
+    b=st.integers(0, 3),
+    n=st.sampled_from([0, 1, 300, 4097]),
+    k=st.sampled_from([1, 7, 4096, 4097]),
+    order=orders,
+    seed=seeds,
+)
+def test_counts_are_the_reference_s(program: Path, b: int, n: int, k: int, order: int, seed: int) -> None:
+    labels = labels_of(b, n, k, seed)
+    _, weights = draw(b, n, 1, torch.float32, seed)
+    found = Results(program, "counts", order, torch.float32, [b, n, k], labels, weights)
+    assert_bits(found.take(torch.int64, b, k), ops.counts(labels, weights, k))
 
 
 @few
@@ -271,7 +294,15 @@ def test_potentials_and_improvements_are_exact_on_whole_numbers(
     seed=seeds,
 )
 def test_the_closest_distance_is_lowered_where_it_may_be(
-    program: Path, b: int, restarts: int, n: int, d: int, masked: bool, dtype: torch.dtype, order: int, seed: int
+    program: Path,
+    b: int,
+    restarts: int,
+    n: int,
+    d: int,
+    masked: bool,
+    dtype: torch.dtype,
+    order: int,
+    seed: int,
 ) -> None:
     e, wide, g = b * restarts, ops.accumulator(dtype), generator(seed)
     x, centroid = whole(b, n, d, dtype, seed), whole(e, 1, d, wide, seed + 1)

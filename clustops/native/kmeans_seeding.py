@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_seeding as reference
-from . import register
+from . import extension, register
+from . import kmeans_steps_cuda as cuda
 
 
 def _fake_seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
@@ -30,20 +31,25 @@ def _fake_closest(
     return None
 
 
+_cuda = hasattr(extension, "kmeans_seed_cuda")
+
 register(
     "kmeans_seed(Tensor x, Tensor weights, Tensor uniform, SymInt k) -> Tensor",
     reference=reference.seed,
     fake=_fake_seed,
+    cuda=cuda.seed if _cuda else None,
 )
 register(
     "kmeans_potentials(Tensor x, Tensor candidates, Tensor closest, Tensor weights, Tensor scale) "
     "-> (Tensor potentials, Tensor improves)",
     reference=reference.potentials,
     fake=_fake_potentials,
+    cuda=cuda.potentials if _cuda else None,
 )
 register(
     "kmeans_closest_(Tensor(a!) closest, Tensor x, Tensor centroid, Tensor? improves=None, "
     "Tensor? chosen=None) -> ()",
     reference=reference.closest_,
     fake=_fake_closest,
+    cuda=cuda.closest_ if _cuda else None,
 )

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import register
+from . import extension, register
+from . import kmeans_steps_cuda as cuda
 
 
 def _fake_bounds(x: Tensor, weights: Tensor) -> Tensor:
@@ -38,25 +39,36 @@ def _fake_cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> t
     return x.new_empty((b, k, d), dtype=ops.accumulator(x.dtype)), labels.new_empty((b, k))
 
 
-register("kmeans_bounds(Tensor x, Tensor weights) -> Tensor", reference=ops.bounds, fake=_fake_bounds)
+_cuda = hasattr(extension, "kmeans_sums_cuda")
+
+register(
+    "kmeans_bounds(Tensor x, Tensor weights) -> Tensor",
+    reference=ops.bounds,
+    fake=_fake_bounds,
+    cuda=cuda.bounds if _cuda else None,
+)
 register(
     "kmeans_sums_(Tensor(a!) sums, Tensor(b!) counts, Tensor x, Tensor labels, Tensor weights, Tensor grid, "
     "Tensor? before=None) -> ()",
     reference=ops.sums_,
     fake=_fake_sums,
+    cuda=cuda.sums_ if _cuda else None,
 )
 register(
     "kmeans_means(Tensor sums, Tensor previous) -> (Tensor means, Tensor shift)",
     reference=ops.means,
     fake=_fake_means,
+    cuda=cuda.means if _cuda else None,
 )
 register(
     "kmeans_counts(Tensor labels, Tensor weights, SymInt k) -> Tensor",
     reference=ops.counts,
     fake=_fake_counts,
+    cuda=cuda.counts if _cuda else None,
 )
 register(
     "cluster_means(Tensor x, Tensor labels, Tensor weights, SymInt k) -> (Tensor means, Tensor counts)",
     reference=ops.cluster_means,
     fake=_fake_cluster_means,
+    cuda=cuda.cluster_means if _cuda else None,
 )

@@ -56,6 +56,18 @@ KMeansSums kmeans_sums_arguments(const Tensor& x, const Tensor& labels, const Te
           clusters};
 }
 
+KMeansCounts kmeans_counts_arguments(const Tensor& labels, const Tensor& weights, const Tensor& counts, Device device) {
+  expect_dims(labels, "labels", 2);
+  expect_dims(counts, "counts", 2);
+  const int64_t problems = labels.shape[0], rows = labels.shape[1], clusters = counts.shape[1];
+  expect(labels, "labels", DType::i64, device, {problems, rows});
+  expect(weights, "weights", DType::f64, device, {problems, rows}, 2);
+  expect(counts, "counts", DType::i64, device, {problems, clusters});
+  expect_one_device(labels, {&weights, &counts});
+  return {labels.as<const int64_t>(), weights.as<const double>(), counts.as<int64_t>(), problems, rows, clusters,
+          weights.strides[0],         weights.strides[1]};
+}
+
 KMeansMeans kmeans_means_arguments(const Tensor& sums, const Tensor& previous, const Tensor& means, const Tensor& shift,
                                    const Tensor& workspace, Device device) {
   expect_dims(previous, "previous", 3);

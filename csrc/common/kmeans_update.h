@@ -41,6 +41,15 @@ struct KMeansSums {
   int64_t clusters;
 };
 
+// Rows of positive weight with each label.
+struct KMeansCounts {
+  const int64_t* labels;  // [problems, rows], -1 for rows to leave out
+  const double* weights;  // [problems, rows] at any stride
+  int64_t* counts;        // [problems, clusters]
+  int64_t problems, rows, clusters;
+  int64_t weight_problem_stride, weight_row_stride;
+};
+
 // Means from sums; a cluster without mass keeps its previous one.
 struct KMeansMeans {
   const double* sums;    // [problems, 2, clusters, features + 1]
@@ -60,6 +69,7 @@ KMeansRows kmeans_rows_arguments(const Tensor& x, const Tensor& weights, Device 
 KMeansBounds kmeans_bounds_arguments(const Tensor& x, const Tensor& weights, const Tensor& bounds, Device device);
 KMeansSums kmeans_sums_arguments(const Tensor& x, const Tensor& labels, const Tensor* before, const Tensor& weights,
                                  const Tensor& grid, const Tensor& sums, const Tensor& counts, Device device);
+KMeansCounts kmeans_counts_arguments(const Tensor& labels, const Tensor& weights, const Tensor& counts, Device device);
 KMeansMeans kmeans_means_arguments(const Tensor& sums, const Tensor& previous, const Tensor& means, const Tensor& shift,
                                    const Tensor& workspace, Device device);
 

@@ -10,6 +10,7 @@ namespace clustops::cuda {
 void kmeans_assign(const KMeansAssign& problem, void* stream);
 void kmeans_bounds(const KMeansBounds& problem, void* stream);
 void kmeans_sums(const KMeansSums& problem, void* stream);
+void kmeans_counts(const KMeansCounts& problem, void* stream);
 void kmeans_means(const KMeansMeans& problem, void* stream);
 void kmeans_potentials(const KMeansPotentials& problem, void* stream);
 void kmeans_closest(const KMeansClosest& problem, void* stream);

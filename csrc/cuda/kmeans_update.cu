@@ -182,6 +182,37 @@ __global__ void __launch_bounds__(kThreads, 2) sums_of(KMeansSums a, int64_t blo
   }
 }
 
+constexpr int kCountRows = 4096;   // rows of one block
+constexpr int kMaxShared = 4096;   // clusters whose counts fit in shared memory
+
+// One CTA per kCountRows rows of one problem: counts in shared memory, or for many clusters, where few rows meet, in
+// the result itself.
+__global__ void __launch_bounds__(kThreads) counts_of(KMeansCounts a, int64_t blocks) {
+  __shared__ int found[kMaxShared];
+  const bool shared = a.clusters <= kMaxShared;
+  for (int64_t unit = blockIdx.x; unit < a.problems * blocks; unit += gridDim.x) {
+    const int64_t b = unit / blocks, first = unit % blocks * kCountRows;
+    auto* counts = reinterpret_cast<unsigned long long*>(a.counts) + b * a.clusters;
+    for (int64_t k = threadIdx.x; shared && k < a.clusters; k += kThreads) found[k] = 0;
+    __syncthreads();
+    for (int64_t n = first + threadIdx.x; n < first + kCountRows && n < a.rows; n += kThreads) {
+      const int64_t k = a.labels[b * a.rows + n];
+      const double w = a.weights[b * a.weight_problem_stride + n * a.weight_row_stride];
+      if (!(w > 0) || k < 0 || k >= a.clusters) continue;
+      if (shared) {
+        atomicAdd(&found[k], 1);
+      } else {
+        atomicAdd(counts + k, 1ull);
+      }
+    }
+    __syncthreads();
+    for (int64_t k = threadIdx.x; shared && k < a.clusters; k += kThreads) {
+      if (found[k]) atomicAdd(counts + k, static_cast<unsigned long long>(found[k]));
+    }
+    __syncthreads();
+  }
+}
+
 // The sum of one value of each thread, in a fixed order; thread 0 has it.
 __device__ double block_sum(double value) {
   __shared__ double parts[kThreads];
@@ -248,6 +279,12 @@ void kmeans_sums(const KMeansSums& a, void* stream) {
   with_element(a.rows.dtype, [&](auto x) {
     launch(sums_of<decltype(x)>, grid_for(problems * blocks), kThreads, 0, stream, a, blocks);
   });
+}
+
+void kmeans_counts(const KMeansCounts& a, void* stream) {
+  const int64_t blocks = divide_up(a.rows, kCountRows);
+  clear(a.counts, sizeof(int64_t) * a.problems * a.clusters, stream);
+  launch(counts_of, grid_for(a.problems * blocks), kThreads, 0, stream, a, blocks);
 }
 
 void kmeans_means(const KMeansMeans& a, void* stream) {

@@ -67,6 +67,15 @@ void sums(DType dtype, const int64_t* size) {
   counts.write();
 }
 
+void counts(const int64_t* size) {
+  const int64_t b = size[0], n = size[1], k = size[2];
+  auto labels = Array<int64_t>::read(b * n);
+  auto weights = Array<double>::read(b * n);
+  auto found = Array<int64_t>::room(b * k);
+  cuda::kmeans_counts({labels.data(), weights.data(), found.data(), b, n, k, n, 1}, nullptr);
+  found.write();
+}
+
 void means(DType dtype, const int64_t* size) {
   const int64_t b = size[0], k = size[1], d = size[2];
   auto sums = Array<double>::read(b * 2 * k * (d + 1));
@@ -131,6 +140,7 @@ int main(int count, char** arguments) {
   for (int i = 4; i < count; ++i) size.push_back(std::atoll(arguments[i]));
   if (operation == "bounds") bounds(dtype, size.data());
   if (operation == "sums") sums(dtype, size.data());
+  if (operation == "counts") counts(size.data());
   if (operation == "means") means(dtype, size.data());
   if (operation == "potentials") potentials(dtype, size.data());
   if (operation == "closest") closest(dtype, size.data());
