@@ -35,9 +35,9 @@ def reject(
     raise error(f"{name} must be {expected}, got {got}; {cure}")
 
 
-def shape_of(tensor: Tensor) -> str:
-    """``[2, 3]``, as shapes are written in messages."""
-    return str(list(tensor.shape))
+def shape_of(array: Any) -> str:
+    """``[2, 3]``, as shapes are written in messages; of all that has a shape."""
+    return str(list(array.shape))
 
 
 def values_are_checked(tensor: Tensor) -> bool:
@@ -60,14 +60,13 @@ def check_tensor(tensor: Any, name: str, stack: str = "torch.stack(views)") -> N
 def check_floating(tensor: Tensor, name: str, stack: str = "torch.stack(views)") -> None:
     """Raise ``TypeError`` unless ``tensor`` is a floating point tensor of a supported dtype."""
     check_tensor(tensor, name, stack)
-    if tensor.dtype not in FLOATING:
-        reject(
-            name,
-            "float32, float64, bfloat16 or float16",
-            tensor.dtype,
-            "convert it to float32",
-            TypeError,
-        )
+    check_floating_dtype(tensor.dtype, name)
+
+
+def check_floating_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise ``TypeError`` unless ``dtype`` is a supported floating point one."""
+    if dtype not in FLOATING:
+        reject(name, "float32, float64, bfloat16 or float16", dtype, "convert it to float32", TypeError)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
@@ -88,8 +87,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def check_same_device(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    """Raise ``ValueError`` unless both tensors lie on one device."""
+def check_same_device(tensor: Tensor, name: str, other: Any, other_name: str) -> None:
+    """Raise ``ValueError`` unless both lie on one device; ``other`` is all that has a device."""
     if tensor.device != other.device:
         reject(
             name,

@@ -17,6 +17,7 @@ from .kmeans_init import plus_plus, random_rows
 from .kmeans_lloyd import Fit, Report, expand_tolerance, leading, lloyd
 from .kmeans_repair import Settled, settle
 from .kmeans_rows import Rows
+from .kmeans_source import Reader
 from .kmeans_steps import cluster_means, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
 from .reference.kmeans import KMeansProgress, KMeansResult
 from .reference.kmeans_ops import unit_rows
@@ -149,7 +150,7 @@ def kmeans(
 
 
 def _rows(
-    data: Tensor,
+    data: Tensor | Reader,
     k: int,
     weights: Any,
     lengths: Any,
@@ -168,7 +169,7 @@ def _rows(
     else:
         check_device(device, "device")
     rows = Rows(
-        arguments.batched(data, 3),
+        data,
         None if weights is None else arguments.batched(weights, 2),
         lengths,
         metric=metric,

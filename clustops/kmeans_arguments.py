@@ -13,6 +13,7 @@ from .checks import (
     check_count,
     check_finite,
     check_floating,
+    check_floating_dtype,
     check_same_device,
     check_tensor,
     reject,
@@ -20,21 +21,25 @@ from .checks import (
     values_are_checked,
 )
 from .distributed import Group, all_reduce_sum
+from .kmeans_source import Reader, is_read
 
 METRICS = ("l2", "cosine")
 POLICIES = ("split", "farthest", "random", "keep")
 INITS = ("k-means++", "random")
 
 
-def rows_of(x: Any, name: str = "x") -> Tensor:
-    """``x`` as a floating point tensor ``[N, D]`` or ``[B, N, D]``, without a gradient."""
-    rows = arrays.to_tensor(x, name)
-    check_floating(rows, name)
+def rows_of(x: Any, name: str = "x") -> Tensor | Reader:
+    """``x`` as a floating point tensor ``[N, D]`` or ``[B, N, D]``, without a gradient, or a reader of it."""
+    rows = x if isinstance(x, Reader) else Reader(x, name) if is_read(x) else arrays.to_tensor(x, name)
+    if isinstance(rows, Reader):
+        check_floating_dtype(rows.dtype, name)
+    else:
+        check_floating(rows, name)
     if rows.ndim not in (2, 3):
         reject(name, "[N, D] or [B, N, D]", shape_of(rows), "reshape it: one row for each point")
     if rows.shape[-1] == 0 or (rows.ndim == 3 and rows.shape[0] == 0):
         reject(name, "at least one feature wide and one problem long", shape_of(rows), "skip the empty batch")
-    return rows.detach()
+    return rows if isinstance(rows, Reader) else rows.detach()
 
 
 def batched(tensor: Tensor, ndim: int) -> Tensor:
@@ -66,7 +71,7 @@ def check_seed(seed: int) -> None:
         reject("seed", "an integer", repr(seed), "pass a plain integer", TypeError)
 
 
-def weights_of(weights: Any, x: Tensor, group: Group = None, *, some: bool = True) -> Tensor | None:
+def weights_of(weights: Any, x: Tensor | Reader, group: Group = None, *, some: bool = True) -> Tensor | None:
     """``weights`` as a tensor of the shape of the rows of ``x``, checked; ``some`` row must have one."""
     if weights is None:
         return None
@@ -95,7 +100,7 @@ def weights_of(weights: Any, x: Tensor, group: Group = None, *, some: bool = Tru
     return result.detach()
 
 
-def lengths_of(lengths: Any, x: Tensor, k: int, group: Group = None) -> Tensor | None:
+def lengths_of(lengths: Any, x: Tensor | Reader, k: int, group: Group = None) -> Tensor | None:
     """``lengths`` as an int64 tensor ``[B]``, checked."""
     if lengths is None:
         return None
@@ -114,7 +119,7 @@ def lengths_of(lengths: Any, x: Tensor, k: int, group: Group = None) -> Tensor |
     return result.to(torch.int64)
 
 
-def labels_of(labels: Any, x: Tensor, k: int) -> Tensor:
+def labels_of(labels: Any, x: Tensor | Reader, k: int) -> Tensor:
     """``labels`` as an int64 tensor of the shape of the rows of ``x``, in ``[-1, k)``, checked."""
     result = arrays.to_tensor(labels, "labels")
     if result.shape != x.shape[:-1]:
@@ -135,7 +140,7 @@ def labels_of(labels: Any, x: Tensor, k: int) -> Tensor:
     return result.to(torch.int64)
 
 
-def centroids_of(centroids: Any, x: Tensor, name: str = "centroids", k: int | None = None) -> Tensor:
+def centroids_of(centroids: Any, x: Tensor | Reader, name: str = "centroids", k: int | None = None) -> Tensor:
     """``centroids`` as a floating point tensor ``[.., K, D]`` that fits ``x``, checked."""
     result = arrays.to_tensor(centroids, name)
     check_floating(result, name)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .checks import reject, values_are_checked
 from .distributed import Group, all_gather_rows, all_reduce_max, all_reduce_sum, rank
+from .kmeans_source import Reader, Source
 from .native import kmeans_seeding as _seeding  # noqa: F401  (registers the ops)
 from .native import kmeans_update as _update  # noqa: F401
-from .reference.kmeans_ops import accumulator, unit_rows, units
-
-_CHUNK = 1 << 24  # elements of x in one chunk where a chunk must be copied
+from .reference.kmeans_ops import units
 
 
 def repeat(tensor: Tensor, copies: int) -> Tensor:
@@ -50,29 +49,31 @@ class Rows:
 
     def __init__(
         self,
-        x: Tensor,
+        x: Tensor | Reader,
         weights: Tensor | None,
         lengths: Tensor | None,
         *,
         metric: str = "l2",
         precision: str | None = None,
         device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
         group: Group = None,
     ) -> None:
         """Read the rows once for their bounds.
 
         Args:
-            x: ``[B, N, D]``. weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
+            x, metric, device, dtype: as in ``Source``.
+            weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
         """
-        self.x, self.metric, self.precision, self.group = x, metric, precision, group
-        self.device = x.device if device is None else device
-        self.dtype = accumulator(x.dtype)
-        self.batch, self.n, self.d = x.shape
+        self.source = source = Source(x, metric=metric, device=device, dtype=dtype)
+        self.metric, self.precision, self.group = metric, precision, group
+        self.device, self.dtype = source.device, source.dtype
+        self.batch, self.n, self.d = source.batch, source.n, source.d
         self.lengths = None if lengths is None else lengths.to(self.device)
         self.weights = self._effective(weights)
         self.offset, self.n_total = self._place()
         self.n_valid = all_reduce_sum((self.weights > 0).sum(1), group)
-        self.grid = units(all_reduce_max(self._bounds(), group), self.n_valid)
+        self.grid = units(self._bounds(), self.n_valid)
 
     def _effective(self, weights: Tensor | None) -> Tensor:
         one = torch.ones((), dtype=torch.float64, device=self.device).expand(self.batch, self.n)
@@ -93,37 +94,21 @@ class Rows:
         return int(before), int(total)
 
     def _bounds(self) -> Tensor:
+        """The largest magnitude in each column over all ranks: ``[B, D + 1]``."""
         bound = torch.zeros((self.batch, self.d + 1), dtype=torch.float64, device=self.device)
         for rows, chunk in self.chunks():
             bound = torch.maximum(bound, torch.ops.clustops.kmeans_bounds(chunk, self.weights[:, rows]))
+        # A maximum over ranks may lose a NaN but no infinity: all ranks reject what one has found.
+        bound = all_reduce_max(bound.where(~bound.isnan(), torch.inf), self.group)
         if values_are_checked(bound) and not bool(torch.isfinite(bound).all()):
-            reject(
-                "x", "finite", "NaN or infinite values", "remove or mask these rows, or give them weight 0"
-            )
+            cure = "remove or mask these rows, or give them weight 0"
+            reject(self.source.name, "finite", "NaN or infinite values", cure)
         return bound
 
-    def _prepare(self, part: Tensor) -> Tensor:
-        part = part.to(self.device, non_blocking=True)
-        return unit_rows(part) if self.metric == "cosine" else part.to(self.dtype)
-
     def chunks(self, copies: int = 1, *, small: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the rows and ``[B * copies, n, D]`` of them; all of ``x`` where that needs no copy.
-
-        Args:
-            copies: entries for each problem.
-            small: never all of ``x``, because the caller makes something of its size.
-        """
-        moves = self.x.device != self.device
-        prepared = self.metric == "cosine" or self.x.dtype != self.dtype
-        copied = small or moves or prepared or min(copies, self.batch) > 1
-        size = max(1, _CHUNK // (self.batch * copies * self.d)) if copied else max(1, self.n)
-        slices = [slice(start, min(start + size, self.n)) for start in range(0, max(1, self.n), size)]
-        if moves and self.device.type == "cuda":
-            parts = _staged([self.x[:, rows] for rows in slices], self.device)
-        else:
-            parts = (self.x[:, rows] for rows in slices)
-        for rows, part in zip(slices, parts, strict=True):
-            yield rows, repeat(self._prepare(part), copies)
+        """Slices of the rows and ``[B * copies, n, D]`` of them, as ``Source.chunks`` cuts them."""
+        for rows, chunk in self.source.chunks(copies, small=small):
+            yield rows, repeat(chunk, copies)
 
     def copies(self, entries: Tensor) -> int:
         """How many entries there are for each problem."""
@@ -133,8 +118,7 @@ class Rows:
         """``[B, N, D]``, prepared, where all rows are in this process and one chunk; ``None`` elsewhere."""
         if self.group is not None:
             return None
-        rows, chunk = next(self.chunks())
-        return chunk if rows.stop == self.n else None
+        return self.source.at_once()
 
     def assign(self, centroids: Tensor, warm: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``.
@@ -234,8 +218,7 @@ class Rows:
         if self.n == 0:
             rows = torch.zeros((*index.shape, self.d), dtype=self.dtype, device=self.device)
         else:
-            where = local.reshape(self.batch, -1, 1).expand(-1, -1, self.d).to(self.x.device)
-            rows = self._prepare(self.x.gather(1, where)).view(*index.shape, self.d)
+            rows = self.source.take(local.reshape(self.batch, -1)).view(*index.shape, self.d)
         return all_reduce_sum(torch.where(owned.unsqueeze(-1), rows, 0.0), self.group)
 
     def take_values(self, values: Tensor, index: Tensor) -> Tensor:
@@ -321,27 +304,3 @@ def joined(parts: list[Tensor]) -> Tensor:
 def largest(values: Tensor) -> Tensor:
     """Largest of each row of ``[E, N]`` and 0."""
     return torch.nn.functional.pad(values, (0, 1)).amax(1)
-
-
-def _staged(parts: list[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Host tensors on a GPU; while the caller's kernels work on one, the next is copied.
-
-    Two pinned buffers take turns, so that a copy is asynchronous although ``x`` lies in pageable memory.
-    """
-    copier = torch.cuda.Stream(device)
-    buffers: list[tuple[Tensor, torch.cuda.Event] | None] = [None, None]
-    for turn, part in enumerate(parts):
-        slot = buffers[turn % 2]
-        if slot is not None:
-            slot[1].synchronize()  # the copy out of this buffer has ended
-        pinned = slot[0] if slot is not None else torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
-        staged = pinned[: part.numel()].view(part.shape)
-        staged.copy_(part)
-        with torch.cuda.stream(copier):
-            moved = staged.to(device, non_blocking=True)
-        done = copier.record_event()
-        buffers[turn % 2] = (pinned, done)
-        caller = torch.cuda.current_stream(device)
-        caller.wait_event(done)
-        moved.record_stream(caller)
-        yield moved

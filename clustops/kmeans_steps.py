@@ -13,6 +13,7 @@ from .checks import check_choice, check_count, check_finite, check_same_device, 
 from .kmeans_init import plus_plus
 from .kmeans_repair import relocate, relocation_scores, replace, split_rounds
 from .kmeans_rows import Rows, counts_of
+from .kmeans_source import Reader, Source
 from .native import kmeans as _native  # noqa: F401  (registers the ops)
 from .reference.kmeans_ops import unit_rows
 
@@ -51,21 +52,41 @@ def kmeans_assign(
     """
     kind = arrays.like(x)
     rows = arguments.rows_of(x)
-    check_finite(rows, "x")
     centres = arguments.centroids_of(centroids, rows)
-    check_same_device(centres, "centroids", rows, "x")
     arguments.check_metric(metric)
     arguments.check_precision(precision)
     check_count(top, "top", 1, "ask for the nearest centroid, 1, or more")
     if top > centres.shape[-2]:
         reject("top", f"at most the number of centroids, {centres.shape[-2]}", top, "ask for fewer")
     if metric == "cosine":
-        rows, centres = unit_rows(rows), unit_rows(centres)
-    found = torch.ops.clustops.kmeans_assign(
-        arguments.batched(rows, 3), arguments.batched(centres, 3), top, None, precision
-    )
+        centres = unit_rows(centres)
+    if isinstance(rows, Reader):
+        found = assign_chunks(Source(rows, metric=metric, device=centres.device), centres, top, precision)
+    else:
+        check_finite(rows, "x")
+        check_same_device(centres, "centroids", rows, "x")
+        found = torch.ops.clustops.kmeans_assign(
+            arguments.batched(unit_rows(rows) if metric == "cosine" else rows, 3),
+            arguments.batched(centres, 3),
+            top,
+            None,
+            precision,
+        )
     labels, distances = (_unbatched(t.squeeze(-1) if top == 1 else t, rows) for t in found)
     return kind(labels), kind(distances)
+
+
+def assign_chunks(
+    source: Source, centroids: Tensor, top: int, precision: str | None
+) -> tuple[Tensor, Tensor]:
+    """The op ``kmeans_assign`` chunk by chunk for one problem: labels and distances ``[1, N, top]``."""
+    centroids = centroids.unsqueeze(0).to(source.device)
+    parts = [
+        torch.ops.clustops.kmeans_assign(chunk, centroids, top, None, precision)
+        for _, chunk in source.checked_chunks(top)
+    ]
+    labels, distances = (torch.cat(list(found), dim=1) for found in zip(*parts, strict=True))
+    return labels, distances
 
 
 def cluster_means(x: Any, labels: Any, k: int, *, weights: Any = None) -> tuple[Any, Any]:
@@ -99,18 +120,27 @@ def cluster_means(x: Any, labels: Any, k: int, *, weights: Any = None) -> tuple[
     """
     kind = arrays.like(x)
     rows = arguments.rows_of(x)
-    check_finite(rows, "x")
     check_count(k, "k", 1, "ask for one cluster or more")
     index = arguments.labels_of(labels, rows, k)
     given = arguments.weights_of(weights, rows, some=False)
     if given is None:
         given = torch.ones((), dtype=torch.float64, device=rows.device).expand(index.shape)
     check_same_device(given, "weights", rows, "x")
-    found = torch.ops.clustops.cluster_means(
-        arguments.batched(rows, 3), arguments.batched(index, 2), arguments.batched(given.double(), 2), k
-    )
+    index, given = arguments.batched(index, 2), arguments.batched(given.double(), 2)
+    if isinstance(rows, Reader):
+        found = _means_of_chunks(rows, index, given, k)
+    else:
+        check_finite(rows, "x")
+        found = torch.ops.clustops.cluster_means(arguments.batched(rows, 3), index, given, k)
     means, counts = (_unbatched(t, rows) for t in found)
     return kind(means), kind(counts)
+
+
+def _means_of_chunks(reader: Reader, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    rows = Rows(reader, weights, None)
+    zeros = torch.zeros((1, k, rows.d), dtype=rows.dtype, device=rows.device)
+    means, _ = torch.ops.clustops.kmeans_means(rows.sum_labels(labels, k), zeros)
+    return means, counts_of(labels, k)
 
 
 def kmeans_plus_plus(x: Any, k: int, *, weights: Any = None, seed: int = 0) -> Any:
@@ -148,7 +178,7 @@ def kmeans_plus_plus(x: Any, k: int, *, weights: Any = None, seed: int = 0) -> A
     if given is not None:
         check_same_device(given, "weights", data, "x")
         given = arguments.batched(given, 2)
-    rows = Rows(arguments.batched(data, 3), given, None)
+    rows = Rows(data, given, None)
     return kind(_unbatched(plus_plus(rows, k, seed=seed, restarts=1), data))
 
 
@@ -199,7 +229,7 @@ def repair_empty_clusters(
     index = arguments.labels_of(labels, data, k)
     _check_counts(counts, index, k)
     index = arguments.batched(index, 2)
-    rows = Rows(arguments.batched(data, 3), (index >= 0).double(), None)
+    rows = Rows(data, (index >= 0).double(), None)
     centres = arguments.batched(centres, 3).to(rows.dtype)
     present = rows.count(index, k)
     if policy == "keep":
@@ -235,5 +265,5 @@ def _check_counts(counts: Any, labels: Tensor, k: int) -> None:
         reject("counts", "bincount(labels)", "other numbers", "pass the counts that belong to these labels")
 
 
-def _unbatched(tensor: Tensor, like: Tensor) -> Tensor:
+def _unbatched(tensor: Tensor, like: Tensor | Reader) -> Tensor:
     return tensor if like.ndim == 3 else tensor.squeeze(0)

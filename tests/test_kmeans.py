@@ -18,7 +18,7 @@ from support import RTOL, assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustops import kmeans_rows, reference
+from clustops import kmeans_source, reference
 from clustops.checks import ClustopsWarning
 from clustops.kmeans import KMeansProgress, KMeansResult, kmeans, kmeans_assign
 from clustops.reference.kmeans_ops import unit_rows
@@ -343,7 +343,7 @@ def test_chunks_change_no_bit(seed: int, metric: str, empty: str) -> None:
     x = normal(seed, 2, 97, 5).bfloat16()
     whole = kmeans(x, 6, metric=metric, empty=empty, n_init=2, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kmeans_rows, "_CHUNK", 2 * 2 * 5 * 10)
+        patch.setattr(kmeans_source, "_CHUNK", 2 * 2 * 5 * 10)
         chunked = kmeans(x, 6, metric=metric, empty=empty, n_init=2, seed=seed)
     assert_same(whole, chunked)
 
@@ -545,7 +545,7 @@ class _LargestResult(TorchDispatchMode):
 def test_no_copy_of_x_and_nothing_of_size_n_times_k_is_made(
     metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kmeans_rows, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(kmeans_source, "_CHUNK", 1 << 14)
     monkeypatch.setattr("clustops.reference.kmeans_ops._ELEMENTS", 1 << 14)
     n, d, k = 20000, 32, 16
     x = normal(0, n, d).to(dtype)
@@ -574,7 +574,8 @@ def test_many_problems_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["kmeans", "kmeans_steps", "kmeans_init", "kmeans_lloyd", "kmeans_repair", "kmeans_rows"]
+    "module",
+    ["kmeans", "kmeans_steps", "kmeans_init", "kmeans_lloyd", "kmeans_repair", "kmeans_rows", "kmeans_source"],
 )
 def test_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"clustops.{module}")).failed == 0
