@@ -22,6 +22,8 @@ def to_tensor(array: Any, name: str) -> Tensor:
         check_tensor(array, name)
         return array
     if isinstance(array, np.ndarray):
+        if array.dtype.name == "bfloat16":  # of the package ml_dtypes, as in JAX
+            return _share(array.view(np.uint16)).view(torch.bfloat16)
         if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
             reject(
                 name, "an array of real numbers", f"dtype {array.dtype}", "convert it with astype", TypeError
@@ -54,12 +56,18 @@ def _share(array: np.ndarray[Any, Any]) -> Tensor:
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     if array.flags.writeable:
         return torch.from_numpy(array)
-    # torch warns about read-only memory because its ops could write to it; ours never write to an input.
-    shared = array.view()
-    interface = dict(shared.__array_interface__)
-    interface["data"] = (interface["data"][0], False)
-    holder = type("ReadOnly", (), {"__array_interface__": interface, "owner": array})()
-    return torch.from_numpy(np.asarray(holder))
+    return torch.from_numpy(np.asarray(_Writeable(array)))
+
+
+class _Writeable:
+    """A read-only array that says it is not, and lives as long as what is made of it.
+
+    torch warns about read-only memory because its ops could write to it; ours never write to an input.
+    """
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
 
 
 def like(array: Any) -> Callable[[Tensor], Any]:

@@ -575,7 +575,15 @@ def test_many_problems_at_once() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["kmeans", "kmeans_steps", "kmeans_init", "kmeans_lloyd", "kmeans_repair", "kmeans_rows", "kmeans_source"],
+    [
+        "kmeans",
+        "kmeans_steps",
+        "kmeans_init",
+        "kmeans_lloyd",
+        "kmeans_repair",
+        "kmeans_rows",
+        "kmeans_source",
+    ],
 )
 def test_examples_in_docstrings_are_true(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"clustops.{module}")).failed == 0
