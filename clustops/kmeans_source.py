@@ -69,7 +69,8 @@ def is_read(x: Any) -> bool:
     """Whether ``x`` is read by slices: a memory map of rows, or no array but with what ``Reader`` needs."""
     if isinstance(x, np.memmap):
         return x.ndim == 2
-    if isinstance(x, (Tensor, np.ndarray, np.generic)) or hasattr(x, "__dlpack__"):
+    is_array = isinstance(x, (Tensor, np.ndarray, np.generic)) or hasattr(x, "__dlpack__")
+    if is_array or hasattr(x, "toarray"):  # the latter is sparse
         return False
     return all(hasattr(x, name) for name in ("shape", "dtype", "__getitem__"))
 

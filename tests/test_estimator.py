@@ -143,7 +143,7 @@ def test_a_row_of_weight_two_is_two_rows_wherever_they_stand(k: int, seed: int) 
 
 
 def test_large_inputs_are_not_copied_into_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimator, "_CHUNK", 10)
+    monkeypatch.setattr(estimator, "_ORDERED", 10)
     monkeypatch.setattr(estimator, "_canonical_order", pytest.fail)
     x = blobs(40)
     model = KMeans(4).fit(x)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import arrays
 from ..checks import check_choice, check_count, reject
-from ..kmeans import kmeans, kmeans_assign
+from ..kmeans import kmeans
+from ..kmeans_source import Reader
 from ..reference.philox import normal
 from . import estimator_input as given
 from . import estimator_minibatch as minibatch
 
-# Numbers copied at a time where rows go to another device, or are put in order before a fit.
-_CHUNK = 1 << 24
+_ORDERED = 1 << 24  # up to so many numbers are put in order before a fit
 _ORDER = 0x6B6D6F72646572  # stream of the direction along which rows are put in order
 
 
@@ -111,16 +111,14 @@ class KMeans:
         """
         rows, weights = self._input(X, sample_weight, fitting=True)
         self._check_enough(rows, "or pass more rows")
-        order = _canonical_order(rows) if isinstance(self.init, str) and rows.numel() <= _CHUNK else None
-        found = self._kmeans(
-            rows if order is None else rows[order],
-            weights if order is None or weights is None else weights[order],
-            max_iter=self.max_iter,
-            empty=self.empty,
-        )
-        labels = found.labels
-        if order is not None:
-            labels = torch.empty_like(labels).scatter_(0, order.to(labels.device), labels)
+        if isinstance(self.init, str) and isinstance(rows, Tensor) and rows.numel() <= _ORDERED:
+            order = _canonical_order(rows)
+            ordered = None if weights is None else weights[order]
+            found = self._kmeans(rows[order], ordered, max_iter=self.max_iter, empty=self.empty)
+            labels = torch.empty_like(found.labels).scatter_(0, order.to(found.labels.device), found.labels)
+        else:
+            found = self._kmeans(rows, weights, max_iter=self.max_iter, empty=self.empty)
+            labels = found.labels
         self._centres = found.centroids.double()
         self._mass = minibatch.mass_of(labels, weights, self.n_clusters)
         self._keep(X, found.centroids, labels, float(found.inertia), int(found.n_iter))
@@ -150,8 +148,6 @@ class KMeans:
         """
         first = not hasattr(self, "_centres")
         rows, weights = self._input(X, sample_weight, fitting=first)
-        if self.device is not None:
-            rows, weights = rows.to(self.device), None if weights is None else weights.to(self.device)
         if first:
             self._check_enough(rows, "pass a larger first batch, or call fit first")
             self._centres = self._kmeans(rows, weights, max_iter=0, empty="keep").centroids.double()
@@ -163,8 +159,8 @@ class KMeans:
         self._centres, self._mass = minibatch.learn(
             rows,
             weights,
-            self._centres.to(rows.device),
-            self._mass.to(rows.device),
+            self._centres.to(self._device(rows)),
+            self._mass.to(self._device(rows)),
             metric=self.metric,
             precision=self.precision,
         )
@@ -241,7 +237,7 @@ class KMeans:
             input_tags=InputTags(),
         )
 
-    def _input(self, X: Any, sample_weight: Any, fitting: bool) -> tuple[Tensor, Tensor | None]:
+    def _input(self, X: Any, sample_weight: Any, fitting: bool) -> tuple[Tensor | Reader, Tensor | None]:
         check_count(self.n_clusters, "n_clusters", 1, "ask for one cluster or more")
         names = given.names_of(X)
         if not fitting:
@@ -255,12 +251,12 @@ class KMeans:
                 self.feature_names_in_ = names
         return rows, weights
 
-    def _check_enough(self, rows: Tensor, cure: str) -> None:
+    def _check_enough(self, rows: Tensor | Reader, cure: str) -> None:
         if rows.shape[0] < self.n_clusters:
             got = f"n_clusters={self.n_clusters}"
             reject("n_clusters", f"at most n_samples={rows.shape[0]}", got, f"lower it, {cure}")
 
-    def _kmeans(self, rows: Tensor, weights: Tensor | None, *, max_iter: int, empty: str) -> Any:
+    def _kmeans(self, rows: Tensor | Reader, weights: Tensor | None, *, max_iter: int, empty: str) -> Any:
         named, n_init = isinstance(self.init, str), self.n_init
         if isinstance(n_init, str):
             check_choice(n_init, "n_init", ("auto",))
@@ -280,23 +276,20 @@ class KMeans:
             device=self.device,
         )
 
-    def _nearest(self, rows: Tensor, centres: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    def _nearest(self, rows: Tensor | Reader, centres: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """Labels and squared distances ``[N, top]`` of the nearest centres."""
-        device = rows.device if self.device is None else torch.device(self.device)
-        centres = centres.to(device)
-        parts = [
-            kmeans_assign(part.to(device), centres, metric=self.metric, precision=self.precision, top=top)
-            for part in rows.split(max(1, _CHUNK // max(rows.shape[1], top)))
-        ]
-        labels, distances = (torch.cat(list(found)).view(-1, top) for found in zip(*parts, strict=True))
-        return labels, distances
+        centres = centres.to(self._device(rows))
+        return minibatch.nearest(rows, centres, top, metric=self.metric, precision=self.precision)
+
+    def _device(self, rows: Tensor | Reader) -> torch.device:
+        return rows.device if self.device is None else torch.device(self.device)
 
     def _keep(self, X: Any, centres: Tensor, labels: Tensor, inertia: float, n_iter: int) -> None:
         kind = given.kind_of(X)
         self.cluster_centers_, self.labels_ = kind(centres), kind(labels)
         self.inertia_, self.n_iter_ = inertia, n_iter
 
-    def _fitted(self, X: Any) -> tuple[Tensor, Tensor]:
+    def _fitted(self, X: Any) -> tuple[Tensor | Reader, Tensor]:
         self._check_fitted()
         given.check_names(given.names_of(X), getattr(self, "feature_names_in_", None))
         rows = given.rows_of(X, type(self).__name__, self.n_features_in_)

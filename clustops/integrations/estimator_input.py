@@ -11,6 +11,10 @@ from torch import Tensor
 
 from .. import arrays
 from ..checks import FLOATING, check_finite, reject, shape_of, values_are_checked
+from ..kmeans_source import Reader, is_read
+
+# Up to so many numbers are read into memory at once.
+_SMALL = 1 << 24
 
 
 def as_numbers(array: Any, name: str) -> Tensor:
@@ -29,14 +33,14 @@ def as_numbers(array: Any, name: str) -> Tensor:
     return numbers if numbers.dtype in FLOATING else numbers.double()
 
 
-def rows_of(array: Any, owner: str, n_features: int | None) -> Tensor:
-    """``X [N, D]`` as a tensor.
+def rows_of(array: Any, owner: str, n_features: int | None) -> Tensor | Reader:
+    """``X [N, D]`` as a tensor; a large one that is read by slices as their reader.
 
     Args:
         owner: the estimator's name, for messages.
         n_features: the D of the fit; ``None`` while fitting.
     """
-    rows = as_numbers(array, "X")
+    rows = _read(array) if is_read(array) and len(array.shape) == 2 else as_numbers(array, "X")
     if rows.ndim != 2:
         reject(
             "X",
@@ -54,11 +58,21 @@ def rows_of(array: Any, owner: str, n_features: int | None) -> Tensor:
         reject(
             "X", f"[n_samples, {n_features}], as it was in fit", got, "pass the same columns, or fit again"
         )
-    check_finite(rows, "X")
+    if isinstance(rows, Tensor):
+        check_finite(rows, "X")
     return rows
 
 
-def weights_of(sample_weight: Any, rows: Tensor) -> Tensor | None:
+def _read(source: Any) -> Tensor | Reader:
+    reader = Reader(source, "X")
+    if reader.dtype not in FLOATING:
+        reader = Reader(source, "X", torch.float64)
+    if reader.shape.numel() > _SMALL:
+        return reader
+    return reader.read(slice(0, reader.shape[0])).to(reader.dtype)
+
+
+def weights_of(sample_weight: Any, rows: Tensor | Reader) -> Tensor | None:
     """``sample_weight [N]`` as a tensor beside ``rows``; ``None`` stays."""
     if sample_weight is None:
         return None

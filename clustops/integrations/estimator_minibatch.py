@@ -8,12 +8,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kmeans import cluster_means, kmeans_assign
-from ..reference.kmeans_ops import unit_rows
+from ..kmeans_rows import Rows
+from ..kmeans_source import Reader, Source
+from ..kmeans_steps import assign_chunks
+from ..reference.kmeans_ops import means_of, unit_rows
 
 
 def learn(
-    rows: Tensor, weights: Tensor | None, centres: Tensor, mass: Tensor, *, metric: str, precision: str | None
+    x: Tensor | Reader,
+    weights: Tensor | None,
+    centres: Tensor,
+    mass: Tensor,
+    *,
+    metric: str,
+    precision: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Centres and their mass after one more batch.
 
@@ -21,41 +29,57 @@ def learn(
     ``c_k <- c_k + (m_k - c_k) b_k / v_k``.
 
     Args:
-        rows: ``[N, D]``. weights: ``[N]``. centres: fp64 ``[K, D]``. mass: fp64 ``[K]``.
+        x: ``[N, D]``. weights: ``[N]``. centres: fp64 ``[K, D]``. mass: fp64 ``[K]``.
     """
-    labels, _ = kmeans_assign(rows, centres, metric=metric, precision=precision)
-    rows = unit_rows(rows.double()) if metric == "cosine" else rows.double()
-    means, _ = cluster_means(rows, labels, len(centres), weights=weights)
-    batch = mass_of(labels, weights, len(centres))
+    labels, _ = nearest(x, centres, 1, metric=metric, precision=precision)
+    rows = _in_fp64(x, weights, centres, metric)
+    total = rows.sum_labels(labels.T, len(centres))
+    batch = total[0, :, :, -1].sum(0)
+    means = means_of(total, centres.unsqueeze(0))[0]
     mass = mass + batch
     moved = centres + (means - centres) * (batch / mass.where(mass > 0, 1.0)).unsqueeze(1)
     if metric == "cosine":
         # Opposite rows may cancel; a centre without a direction keeps the one it had.
         moved = torch.where((moved != 0).any(1, keepdim=True), unit_rows(moved), centres)
-    return _reseeded(rows, weights, moved, mass), mass
+    return _reseeded(rows, moved, mass), mass
+
+
+def nearest(
+    x: Tensor | Reader, centres: Tensor, top: int, *, metric: str, precision: str | None
+) -> tuple[Tensor, Tensor]:
+    """Labels and squared distances ``[N, top]`` of the nearest ``centres``, on their device."""
+    centres = unit_rows(centres) if metric == "cosine" else centres
+    labels, distances = assign_chunks(
+        Source(x, metric=metric, device=centres.device), centres, top, precision
+    )
+    return labels[0], distances[0]
 
 
 def mass_of(labels: Tensor, weights: Tensor | None, k: int) -> Tensor:
     """Total weight of the rows with each label, fp64 ``[K]``, the same bits in any order of the rows."""
-    if weights is None:
-        weights = torch.ones(labels.shape)
-    means, counts = cluster_means(weights.to(labels.device, torch.float64).unsqueeze(1), labels, k)
-    total: Tensor = means[:, 0] * counts
-    return total
+    ones = labels.new_ones((len(labels), 1), dtype=torch.float64)
+    rows = Rows(ones, None if weights is None else weights.unsqueeze(0), None)
+    return rows.sum_labels(labels.unsqueeze(0), k)[0, :, :, -1].sum(0)
 
 
-def _reseeded(rows: Tensor, weights: Tensor | None, centres: Tensor, mass: Tensor) -> Tensor:
+def _in_fp64(x: Tensor | Reader, weights: Tensor | None, centres: Tensor, metric: str) -> Rows:
+    weights = None if weights is None else weights.unsqueeze(0)
+    return Rows(x, weights, None, metric=metric, device=centres.device, dtype=torch.float64)
+
+
+def _reseeded(rows: Rows, centres: Tensor, mass: Tensor) -> Tensor:
     """``centres``, those that no row was ever given moved to the rows farthest from all others."""
     idle = (mass == 0).nonzero()[:, 0].tolist()
     if not idle:
         return centres
     centres = centres.clone()
-    _, distances = kmeans_assign(rows, centres[mass > 0])
-    distances = distances if weights is None else distances.where(weights > 0, 0.0)
+    _, distances = rows.assign(centres[mass > 0].unsqueeze(0))
+    distances = distances.where(rows.weights > 0, 0.0)
     for cluster in idle:
-        farthest = distances.argmax()
-        if not bool(distances[farthest] > 0):
+        farthest = distances.argmax(1, keepdim=True)
+        if not bool(distances.gather(1, farthest) > 0):
             break
-        centres[cluster] = rows[farthest]
-        distances = torch.minimum(distances, (rows - rows[farthest]).square().sum(1))
+        row = rows.take(farthest)
+        centres[cluster] = row[0, 0]
+        distances = torch.minimum(distances, rows.assign(row)[1])
     return centres
