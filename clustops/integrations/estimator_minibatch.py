@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kmeans_rows import Rows
 from ..kmeans_source import Reader, Source
 from ..kmeans_steps import assign_chunks
-from ..reference.kmeans_ops import means_of, unit_rows
+from ..reference.kmeans_ops import unit_rows
 
 
 def learn(
@@ -35,7 +35,7 @@ def learn(
     rows = _in_fp64(x, weights, centres, metric)
     total = rows.sum_labels(labels.T, len(centres))
     batch = total[0, :, :, -1].sum(0)
-    means = means_of(total, centres.unsqueeze(0))[0]
+    means, _ = (t[0] for t in torch.ops.clustops.kmeans_means(total, centres.unsqueeze(0)))
     mass = mass + batch
     moved = centres + (means - centres) * (batch / mass.where(mass > 0, 1.0)).unsqueeze(1)
     if metric == "cosine":
