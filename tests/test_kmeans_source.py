@@ -121,6 +121,7 @@ def test_the_steps_of_slices_are_those_in_memory(
         expected = step(x)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kmeans_source, "_READ", read)
+            patch.setattr(kmeans_source, "_BLOCK", read)
             assert_equal(step(Sliced(x)), expected)
 
 
@@ -219,7 +220,7 @@ class Slices:
 rows = {"map": x, "transposed map": x.reshape(d, n).T, "slices": Slices()}[sys.argv[2]]
 clustops.kmeans(x[:1000], k, init=x[:k])
 now = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
-limit = now * 1024 + 240 * 2**20
+limit = now * 1024 + 256 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
     np.array(rows[:])
