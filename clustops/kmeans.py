@@ -63,7 +63,10 @@ def kmeans(
 
     Args:
         x: ``[N, D]`` or ``[B, N, D]`` (B independent problems), fp32, fp64, bf16 or fp16. A tensor, a NumPy
-            array (also a memory map larger than memory) or a DLPack array.
+            array, a DLPack array; or rows that need not fit in memory: a memory map, or any object with
+            ``shape`` ``[N, D]`` and ``dtype`` that gives rows as an array in host memory for
+            ``x[start:stop]`` (an HDF5 data set, a class around files). Slices are asked for one at a time,
+            inside ``[0, N)``, those of a pass by a thread that reads one chunk ahead.
         k: number of clusters, in ``[1, N]``.
         weights: ``[.., N]``, at least 0. A row of weight 0 gets a label and counts nowhere else: a cluster of
             only such rows is empty.
@@ -91,7 +94,7 @@ def kmeans(
         progress: show a tqdm bar.
 
     Returns:
-        ``KMeansResult`` of the kind of array that ``x`` is, on ``device``.
+        ``KMeansResult`` of the kind of array that ``x`` is (tensors where that is no array), on ``device``.
 
     Raises:
         TypeError, ValueError: an argument is not as above, or ``x`` has a NaN or an infinity.
@@ -104,7 +107,8 @@ def kmeans(
     ranks, and for a problem alone or in a batch.
 
     Cost: ``N K D`` multiply-adds an iteration, and about ``log(k)`` such to start with k-means++, which reads
-    ``x`` ``2 k`` times. Memory beside ``x``: O(N + K D), times ``n_init``. With ``tol=0`` iterations on a GPU
+    ``x`` ``2 k`` times. Memory beside ``x``: O(N + K D), times ``n_init``, and a few chunks (of 2^22 numbers
+    where slices are read). With ``tol=0`` iterations on a GPU
     do not wait for the host; the check for empty clusters at the end does, except while a CUDA graph is
     captured, where two rounds of repair replace it.
 

@@ -28,7 +28,8 @@ def kmeans_assign(
     the centroids.
 
     Args:
-        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16; ``N`` may be 0.
+        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16; ``N`` may be 0. Also what ``kmeans`` reads
+            by slices; it is used on the device of ``centroids``.
         centroids: ``[K, D]`` or ``[B, K, D]``.
         metric: ``"l2"`` or ``"cosine"``.
         precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
@@ -97,7 +98,8 @@ def cluster_means(x: Any, labels: Any, k: int, *, weights: Any = None) -> tuple[
     integers.
 
     Args:
-        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16; ``N`` may be 0.
+        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16; ``N`` may be 0. Also what ``kmeans`` reads
+            by slices.
         labels: ``[.., N]`` integers in ``[0, k)``, or -1 for a row to leave out.
         k: number of clusters.
         weights: ``[.., N]``, at least 0.
@@ -151,7 +153,7 @@ def kmeans_plus_plus(x: Any, k: int, *, weights: Any = None, seed: int = 0) -> A
     of these. With fewer than ``k`` distinct rows the first one fills up.
 
     Args:
-        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16.
+        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16. Also what ``kmeans`` reads by slices.
         k: in ``[1, N]``.
         weights: ``[.., N]``, at least 0; a row of weight 0 is never drawn.
         seed: of the draws; all problems of a batch use the same numbers, as single calls would.
@@ -196,7 +198,7 @@ def repair_empty_clusters(
     ``"keep"``: nothing.
 
     Args:
-        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16.
+        x: ``[N, D]`` or ``[B, N, D]``, fp32, fp64, bf16 or fp16. Also what ``kmeans`` reads by slices.
         labels: ``[.., N]`` integers in ``[0, K)``, or -1 for a row to leave out.
         centroids: ``[.., K, D]``.
         counts: ``[.., K]`` integers, ``bincount(labels)``.

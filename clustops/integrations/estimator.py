@@ -100,7 +100,8 @@ class KMeans:
         """This estimator with centres for ``X``.
 
         Args:
-            X: ``[N, D]`` with ``N >= n_clusters``: a tensor, an array, a data frame, a list of rows.
+            X: ``[N, D]`` with ``N >= n_clusters``: a tensor, an array, a data frame, a list of rows, or what
+                ``clustops.kmeans`` reads by slices. Integers count as fp64.
             y: ignored.
             sample_weight: ``[N]``, at least 0.
 
@@ -144,7 +145,7 @@ class KMeans:
         Raises:
             TypeError, ValueError: a parameter or an argument is not as documented.
 
-        Cost: two assignments of the batch. Memory: O(N D + K D) for the batch.
+        Cost: two assignments of the batch. Memory: O(N + K D) and a few chunks beside the batch.
         """
         first = not hasattr(self, "_centres")
         rows, weights = self._input(X, sample_weight, fitting=first)
