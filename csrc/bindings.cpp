@@ -7,7 +7,6 @@
 #include "common/kmeans.h"
 #include "cpu/kernels.h"
 #ifdef CLUSTOPS_WITH_CUDA
-#include "common/kmeans_update.h"
 #include "cuda/kernels.h"
 #endif
 
@@ -141,6 +140,82 @@ void bind_kmeans(py::module_& m) {
 #endif
 }
 
+using Maybe = std::optional<Tensor>;
+
+const Tensor* pointer(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
+
+void bind_kmeans_update(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("kmeans_means_blocks", &clustops::kmeans_means_blocks);
+  m.def(
+      "kmeans_bounds",
+      [](const Tensor& x, const Tensor& weights, const Tensor& bounds, int threads) {
+        cpu::kernels().kmeans_bounds(clustops::kmeans_bounds_arguments(x, weights, bounds, Device::cpu), threads);
+      },
+      release());
+  m.def(
+      "kmeans_sums",
+      [](const Tensor& sums, const Tensor& counts, const Tensor& x, const Tensor& labels, const Tensor& weights,
+         const Tensor& grid, const Maybe& before, int threads) {
+        cpu::kernels().kmeans_sums(clustops::kmeans_sums_arguments(x, labels, pointer(before), weights, grid, sums,
+                                                                   counts, Device::cpu),
+                                   threads);
+      },
+      release());
+  m.def(
+      "kmeans_means",
+      [](const Tensor& sums, const Tensor& previous, const Tensor& means, const Tensor& shift, const Tensor& workspace,
+         int threads) {
+        cpu::kernels().kmeans_means(
+            clustops::kmeans_means_arguments(sums, previous, means, shift, workspace, Device::cpu), threads);
+      },
+      release());
+  m.def(
+      "kmeans_counts",
+      [](const Tensor& labels, const Tensor& weights, const Tensor& counts, int threads) {
+        cpu::kernels().kmeans_counts(clustops::kmeans_counts_arguments(labels, weights, counts, Device::cpu), threads);
+      },
+      release());
+}
+
+void bind_kmeans_seeding(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "kmeans_potentials",
+      [](const Tensor& x, const Tensor& candidates, const Tensor& closest, const Tensor& weights, const Tensor& scale,
+         const Tensor& potentials, const Tensor& improves, int threads) {
+        cpu::kernels().kmeans_potentials(clustops::kmeans_potentials_arguments(x, candidates, closest, weights, scale,
+                                                                               potentials, improves, Device::cpu),
+                                         threads);
+      },
+      release());
+  m.def(
+      "kmeans_closest",
+      [](const Tensor& closest, const Tensor& x, const Tensor& centroid, const Maybe& improves, const Maybe& chosen,
+         int threads) {
+        cpu::kernels().kmeans_closest(clustops::kmeans_closest_arguments(closest, x, centroid, pointer(improves),
+                                                                         pointer(chosen), Device::cpu),
+                                      threads);
+      },
+      release());
+  const auto workspace_of = [](const Tensor& x, const Tensor& uniform, int64_t k, int threads) -> int64_t {
+    if (x.dims != 3 || uniform.dims != 2 || k < 1) return 0;
+    clustops::KMeansRows rows{};
+    rows.rows = x.shape[1], rows.features = x.shape[2], rows.dtype = x.dtype;
+    return cpu::kernels().kmeans_seed_workspace(rows, uniform.shape[0], uniform.shape[1] / k, threads);
+  };
+  m.def("kmeans_seed_workspace_cpu", workspace_of);
+  m.def(
+      "kmeans_seed",
+      [workspace_of](const Tensor& x, const Tensor& weights, const Tensor& uniform, const Tensor& chosen,
+                     const Tensor& workspace, int threads) {
+        const int64_t size = workspace_of(x, uniform, chosen.dims == 2 ? chosen.shape[1] : 0, threads);
+        cpu::kernels().kmeans_seed(
+            clustops::kmeans_seed_arguments(x, weights, uniform, chosen, workspace, size, Device::cpu), threads);
+      },
+      release());
+}
+
 #ifdef CLUSTOPS_WITH_CUDA
 void bind_kmeans_update_cuda(py::module_& m) {
   namespace cuda = clustops::cuda;
@@ -155,13 +230,12 @@ void bind_kmeans_update_cuda(py::module_& m) {
   m.def(
       "kmeans_sums_cuda",
       [](const Tensor& sums, const Tensor& counts, const Tensor& x, const Tensor& labels, const Tensor& weights,
-         const Tensor& grid, const std::optional<Tensor>& before, uintptr_t stream) {
-        cuda::kmeans_sums(clustops::kmeans_sums_arguments(x, labels, before ? &*before : nullptr, weights, grid, sums,
+         const Tensor& grid, const Maybe& before, uintptr_t stream) {
+        cuda::kmeans_sums(clustops::kmeans_sums_arguments(x, labels, pointer(before), weights, grid, sums,
                                                           counts, Device::cuda),
                           reinterpret_cast<void*>(stream));
       },
       release());
-  m.def("kmeans_means_blocks", &clustops::kmeans_means_blocks);
   m.def(
       "kmeans_means_cuda",
       [](const Tensor& sums, const Tensor& previous, const Tensor& means, const Tensor& shift, const Tensor& workspace,
@@ -224,6 +298,8 @@ PYBIND11_MODULE(_kernels, m) {
   m.doc() = "Kernels of clustops over DLPack tensors; clustops.native gives them to torch.";
   bind_machine(m);
   bind_kmeans(m);
+  bind_kmeans_update(m);
+  bind_kmeans_seeding(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_update_cuda(m);
   bind_kmeans_seeding_cuda(m);

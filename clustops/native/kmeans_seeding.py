@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reference import kmeans_seeding as reference
 from . import extension, register
+from . import kmeans_steps_cpu as cpu
 from . import kmeans_steps_cuda as cuda
 
 
@@ -31,12 +32,14 @@ def _fake_closest(
     return None
 
 
+_cpu = hasattr(extension, "kmeans_seed")
 _cuda = hasattr(extension, "kmeans_seed_cuda")
 
 register(
     "kmeans_seed(Tensor x, Tensor weights, Tensor uniform, SymInt k) -> Tensor",
     reference=reference.seed,
     fake=_fake_seed,
+    cpu=cpu.seed if _cpu else None,
     cuda=cuda.seed if _cuda else None,
 )
 register(
@@ -44,6 +47,7 @@ register(
     "-> (Tensor potentials, Tensor improves)",
     reference=reference.potentials,
     fake=_fake_potentials,
+    cpu=cpu.potentials if _cpu else None,
     cuda=cuda.potentials if _cuda else None,
 )
 register(
@@ -51,5 +55,6 @@ register(
     "Tensor? chosen=None) -> ()",
     reference=reference.closest_,
     fake=_fake_closest,
+    cpu=cpu.closest_ if _cpu else None,
     cuda=cuda.closest_ if _cuda else None,
 )

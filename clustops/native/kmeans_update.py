@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reference import kmeans_ops as ops
 from . import extension, register
+from . import kmeans_steps_cpu as cpu
 from . import kmeans_steps_cuda as cuda
 
 
@@ -39,12 +40,14 @@ def _fake_cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> t
     return x.new_empty((b, k, d), dtype=ops.accumulator(x.dtype)), labels.new_empty((b, k))
 
 
+_cpu = hasattr(extension, "kmeans_sums")
 _cuda = hasattr(extension, "kmeans_sums_cuda")
 
 register(
     "kmeans_bounds(Tensor x, Tensor weights) -> Tensor",
     reference=ops.bounds,
     fake=_fake_bounds,
+    cpu=cpu.bounds if _cpu else None,
     cuda=cuda.bounds if _cuda else None,
 )
 register(
@@ -52,23 +55,27 @@ register(
     "Tensor? before=None) -> ()",
     reference=ops.sums_,
     fake=_fake_sums,
+    cpu=cpu.sums_ if _cpu else None,
     cuda=cuda.sums_ if _cuda else None,
 )
 register(
     "kmeans_means(Tensor sums, Tensor previous) -> (Tensor means, Tensor shift)",
     reference=ops.means,
     fake=_fake_means,
+    cpu=cpu.means if _cpu else None,
     cuda=cuda.means if _cuda else None,
 )
 register(
     "kmeans_counts(Tensor labels, Tensor weights, SymInt k) -> Tensor",
     reference=ops.counts,
     fake=_fake_counts,
+    cpu=cpu.counts if _cpu else None,
     cuda=cuda.counts if _cuda else None,
 )
 register(
     "cluster_means(Tensor x, Tensor labels, Tensor weights, SymInt k) -> (Tensor means, Tensor counts)",
     reference=ops.cluster_means,
     fake=_fake_cluster_means,
+    cpu=cpu.cluster_means if _cpu else None,
     cuda=cuda.cluster_means if _cuda else None,
 )

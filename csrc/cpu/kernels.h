@@ -5,12 +5,22 @@
 #include <vector>
 
 #include "../common/kmeans.h"
+#include "../common/kmeans_seeding.h"
+#include "../common/kmeans_update.h"
 
 namespace clustops::cpu {
 
 struct Kernels {
   int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
   void (*kmeans_assign)(const KMeansAssign& problem, int threads);
+  void (*kmeans_bounds)(const KMeansBounds& problem, int threads);
+  void (*kmeans_sums)(const KMeansSums& problem, int threads);
+  void (*kmeans_means)(const KMeansMeans& problem, int threads);
+  void (*kmeans_counts)(const KMeansCounts& problem, int threads);
+  void (*kmeans_potentials)(const KMeansPotentials& problem, int threads);
+  void (*kmeans_closest)(const KMeansClosest& problem, int threads);
+  int64_t (*kmeans_seed_workspace)(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);  // of int64
+  void (*kmeans_seed)(const KMeansSeed& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

@@ -5,11 +5,22 @@ namespace clustops::cpu::CLUSTOPS_ISA {
 
 int64_t kmeans_assign_workspace(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
 void kmeans_assign(const KMeansAssign& problem, int threads);
+void kmeans_bounds(const KMeansBounds& problem, int threads);
+void kmeans_sums(const KMeansSums& problem, int threads);
+void kmeans_means(const KMeansMeans& problem, int threads);
+void kmeans_counts(const KMeansCounts& problem, int threads);
+void kmeans_potentials(const KMeansPotentials& problem, int threads);
+void kmeans_closest(const KMeansClosest& problem, int threads);
+int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);
+void kmeans_seed(const KMeansSeed& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_exp(double seconds, int threads);
 double measure_stream(int64_t bytes, double seconds, int threads);
 
 extern const Kernels table;
-const Kernels table = {kmeans_assign_workspace, kmeans_assign, measure_fma, measure_exp, measure_stream};
+const Kernels table = {kmeans_assign_workspace, kmeans_assign,     kmeans_bounds, kmeans_sums,
+                       kmeans_means,            kmeans_counts,     kmeans_potentials,
+                       kmeans_closest,          kmeans_seed_workspace, kmeans_seed,
+                       measure_fma,             measure_exp,       measure_stream};
 
 }  // namespace clustops::cpu::CLUSTOPS_ISA
