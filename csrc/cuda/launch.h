@@ -25,6 +25,9 @@ inline void clear(void* data, std::size_t bytes, void*) {
   if (bytes > 0) std::memset(data, 0, bytes);
 }
 
+inline int64_t shared_limit = 160 << 10;
+inline int64_t most_shared() { return shared_limit; }
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,
             const Arguments&... arguments) {
@@ -59,6 +62,14 @@ inline void must(cudaError_t error, const char* what) {
 inline void clear(void* data, std::size_t bytes, void* stream) {
   if (bytes == 0) return;
   must(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
+// Bytes of shared memory that one block may have, on the current device.
+inline int64_t most_shared() {
+  int device = 0, bytes = 0;
+  must(cudaGetDevice(&device), "cudaGetDevice");
+  must(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+  return bytes;
 }
 
 // Nothing to do is no launch. More than 48 KB of dynamic shared memory must be asked for.

@@ -33,6 +33,13 @@ struct Index {
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
 
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 namespace simt {
 
 enum class Order { forward, reverse, shuffled };
