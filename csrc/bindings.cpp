@@ -127,17 +127,6 @@ void bind_kmeans(py::module_& m) {
             clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cpu), threads);
       },
       py::call_guard<py::gil_scoped_release>());
-#ifdef CLUSTOPS_WITH_CUDA
-  m.def(
-      "kmeans_assign_cuda",
-      [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
-         const Tensor& workspace, uintptr_t stream) {
-        clustops::cuda::kmeans_assign(
-            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, 0, Device::cuda),
-            reinterpret_cast<void*>(stream));
-      },
-      py::call_guard<py::gil_scoped_release>());
-#endif
 }
 
 using Maybe = std::optional<Tensor>;
@@ -217,6 +206,27 @@ void bind_kmeans_seeding(py::module_& m) {
 }
 
 #ifdef CLUSTOPS_WITH_CUDA
+void bind_kmeans_assign_cuda(py::module_& m) {
+  m.def(
+      "kmeans_assign_cuda_workspace",
+      [](int64_t problems, int64_t rows, int64_t clusters, int64_t features, int64_t top, const Tensor& x,
+         const std::string& precision) {
+        return clustops::kmeans_assign_cuda_workspace(problems, rows, clusters, features, top, x.dtype,
+                                                      clustops::precision_named(precision));
+      },
+      "bytes");
+  m.def(
+      "kmeans_assign_cuda",
+      [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
+         const Tensor& workspace, const std::string& precision, uintptr_t stream) {
+        clustops::cuda::kmeans_assign(
+            clustops::kmeans_assign_cuda_arguments(x, centroids, labels, distances, workspace,
+                                                   clustops::precision_named(precision)),
+            reinterpret_cast<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_kmeans_update_cuda(py::module_& m) {
   namespace cuda = clustops::cuda;
   using release = py::call_guard<py::gil_scoped_release>;
@@ -301,6 +311,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_update(m);
   bind_kmeans_seeding(m);
 #ifdef CLUSTOPS_WITH_CUDA
+  bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);
   bind_kmeans_seeding_cuda(m);
 #endif

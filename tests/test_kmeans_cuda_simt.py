@@ -1,5 +1,5 @@
-"""The CUDA kernels of the k-means assignment on the CPU, thread by thread (native/simt.h), under the address and
-undefined-behaviour sanitizers, in three orders of the threads of a block; tensor cores are native twins."""
+"""The CUDA kernels of the k-means assignment on the CPU, thread by thread (native/simt.h), under the address
+and undefined-behaviour sanitizers, in three orders of the threads of a block; tensor cores have twins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["-std=c++17", "-O1", "-g", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [TESTS / "native" / "kmeans_cuda.cpp", *(CSRC / name for name in SOURCES)]
-    subprocess.run([str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True)
+    subprocess.run(
+        [str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True
+    )
     return built
 
 
@@ -55,9 +57,14 @@ def assign(
     stride = d + padding
     sizes = [b, n, centroids.shape[1], d, top, DTYPES[x.dtype], PRECISIONS[precision], stride, order, shared]
     rows = torch.cat([x, x.new_full((b, n, padding), torch.nan)], -1).contiguous()
-    data = b"".join(t.view(torch.uint8).numpy().tobytes() for t in (rows, centroids.contiguous()) if t.numel())
+    data = b"".join(
+        t.view(torch.uint8).numpy().tobytes() for t in (rows, centroids.contiguous()) if t.numel()
+    )
     run = subprocess.run(
-        [str(program)], input=np.array(sizes, dtype=np.int64).tobytes() + data, capture_output=True, check=False
+        [str(program)],
+        input=np.array(sizes, dtype=np.int64).tobytes() + data,
+        capture_output=True,
+        check=False,
     )
     assert run.returncode == 0, run.stderr.decode()
     exact = accumulator(x.dtype)
@@ -71,7 +78,9 @@ def assign(
     )
 
 
-def draw(b: int, n: int, k: int, d: int, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def draw(
+    b: int, n: int, k: int, d: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     g = generator(seed)
     x, centroids = torch.randn(b, n, d, generator=g), torch.randn(b, k, d, generator=g)
     return x.to(dtype), centroids.to(accumulator(dtype))
@@ -86,3 +95,200 @@ def check(x: Tensor, centroids: Tensor, labels: Tensor, distances: Tensor, slack
     chosen = exact.gather(-1, labels)
     torch.testing.assert_close(chosen, exact.min(-1, keepdim=True).values, rtol=slack, atol=1e-30)
     torch.testing.assert_close(distances.double(), chosen, rtol=2e-6, atol=1e-30)
+
+
+shapes = {
+    "b": st.sampled_from([1, 2, 5]),
+    "n": st.sampled_from([1, 7, 33, 129, 140]),
+    "k": st.sampled_from([1, 2, 63, 65, 129, 200]),
+    "d": st.sampled_from([1, 7, 8, 16, 31, 64, 65, 130]),
+}
+
+
+@settings(max_examples=14)
+@given(
+    **shapes,
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    padding=st.sampled_from([0, 1, 4, 8]),
+    order=orders,
+    shared=st.sampled_from([ROOM, LITTLE]),
+    seed=seeds,
+)
+def test_labels_are_the_fp64_argmin(
+    program: Path,
+    b: int,
+    n: int,
+    k: int,
+    d: int,
+    dtype: torch.dtype,
+    padding: int,
+    order: int,
+    shared: int,
+    seed: int,
+) -> None:
+    x, centroids = draw(b, n, k, d, seed, dtype)
+    labels, distances, _ = assign(program, x, centroids, order, padding=padding, shared=shared)
+    check(x, centroids, labels, distances, 1e-5)
+
+
+def shifted_by_samples(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """x and centroids less the mean of the centroids that the kernel takes for it."""
+    k = centroids.shape[1]
+    samples = min(k, 32)
+    mean = centroids[:, [i * k // samples for i in range(samples)]].mean(1, keepdim=True)
+    return x.float() - mean, centroids - mean
+
+
+@settings(max_examples=8)
+@given(**shapes, order=orders, shared=st.sampled_from([ROOM, LITTLE]), seed=seeds)
+def test_medium_multiplies_bf16_exactly(
+    program: Path, b: int, n: int, k: int, d: int, order: int, shared: int, seed: int
+) -> None:
+    x, centroids = draw(b, n, k, d, seed)
+    labels, distances, _ = assign(program, x, centroids, order, precision="medium", shared=shared)
+    rows, centres = shifted_by_samples(x, centroids)
+    products = rows.bfloat16().double() @ centres.bfloat16().double().transpose(1, 2)
+    score = products - centres.double().square().sum(-1).unsqueeze(1) / 2
+    chosen, best = score.gather(-1, labels), score.max(-1, keepdim=True).values
+    size = rows.double().norm(dim=-1, keepdim=True) * centres.double().norm(dim=-1).amax(-1).view(b, 1, 1)
+    # The mean may differ in its last bit, and so an operand by a bf16 unit, here and there.
+    assert bool((best - chosen <= 1e-3 * size + 1e-12).all())
+    exact = squared(x, centroids).gather(-1, labels)
+    torch.testing.assert_close(distances.double(), exact, rtol=2e-6, atol=1e-30)
+
+
+@settings(max_examples=6)
+@given(**shapes, order=orders, seed=seeds)
+def test_high_is_as_good_as_tf32(
+    program: Path, b: int, n: int, k: int, d: int, order: int, seed: int
+) -> None:
+    x, centroids = draw(b, n, k, d, seed)
+    labels, _, _ = assign(program, x, centroids, order, precision="high")
+    exact = squared(x, centroids)
+    rows, centres = shifted_by_samples(x, centroids)
+    size = rows.double().norm(dim=-1, keepdim=True) * centres.double().norm(dim=-1).amax(-1).view(b, 1, 1)
+    assert bool((exact.gather(-1, labels) - exact.min(-1, keepdim=True).values <= 1e-4 * size + 1e-12).all())
+
+
+@settings(max_examples=6)
+@given(
+    n=st.sampled_from([40, 130]),
+    d=st.sampled_from([3, 17]),
+    apart=st.sampled_from([1e2, 1e4]),
+    order=orders,
+    seed=seeds,
+)
+def test_scores_that_cancel_are_decided_by_distances(
+    program: Path, n: int, d: int, apart: float, order: int, seed: int
+) -> None:
+    g = generator(seed)
+
+    def groups(rows: int) -> Tensor:
+        return 0.05 * torch.randn(2, rows, d, generator=g) + apart * torch.randint(
+            -1, 2, (2, rows, 1), generator=g
+        )
+
+    x, centroids = groups(n), groups(70)
+    labels, distances, close = assign(program, x, centroids, order)
+    check(x, centroids, labels, distances, 2e-5)
+    assert bool((close > 0).all())
+
+
+@pytest.mark.parametrize("offset", [1e3, 1e5])
+def test_few_rows_far_from_the_origin_are_too_close_to_call(program: Path, offset: float) -> None:
+    x, centroids = draw(1, 140, 90, 20, 0)
+    x, centroids = x + offset, centroids + offset
+    labels, distances, close = assign(program, x, centroids, 0)
+    check(x, centroids, labels, distances, 1e-5)
+    assert int(close) < 7
+
+
+@settings(max_examples=6)
+@given(
+    n=st.sampled_from([9, 130]),
+    k=st.sampled_from([3, 70, 140]),
+    d=st.sampled_from([1, 3]),
+    order=orders,
+    offset=st.sampled_from([0, 1000]),
+    precision=st.sampled_from(["highest", "medium"]),
+    seed=seeds,
+)
+def test_ties_go_to_the_lowest_index(
+    program: Path, n: int, k: int, d: int, order: int, offset: int, precision: str, seed: int
+) -> None:
+    g = generator(seed)
+    # Without a mean to take off, integers this small are exact in any precision.
+    x = (torch.randint(-4, 5, (1, n, d), generator=g) + offset).float()
+    half = torch.randint(-4, 5, (1, k, d), generator=g)
+    if precision == "medium":
+        offset = 0
+        x = torch.randint(-4, 5, (1, n, d), generator=g).float()
+        k32 = torch.cat([half, -half], 1)
+        half = k32[:, :16].repeat(1, 2, 1) * torch.tensor([1] * 16 + [-1] * 16).view(1, 32, 1)
+    centroids = (half + offset).float()
+    exact = squared(x, centroids)
+    labels, distances, _ = assign(program, x, centroids, order, precision=precision)
+    assert torch.equal(labels[..., 0], exact.argmin(-1))
+    assert torch.equal(distances[..., 0].double(), exact.min(-1).values)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_with_nan_or_infinity_gets_a_label_in_range(program: Path, precision: str) -> None:
+    x, centroids = draw(1, 20, 6, 5, 0)
+    broken = [3, 9, 11, 12]
+    x[0, 3, 2], x[0, 9, 0], x[0, 11], x[0, 12] = torch.nan, torch.inf, 3e38, torch.nan
+    labels, distances, _ = assign(program, x, centroids, 2, precision=precision)
+    assert bool(((labels >= 0) & (labels < 6)).all())
+    assert not bool(distances[0, broken, 0].isfinite().any())
+    clean = [i for i in range(20) if i not in broken]
+    assert torch.equal(labels[:, clean], assign(program, x[:, clean], centroids, 0, precision=precision)[0])
+    if precision == "highest":
+        assert torch.equal(labels[0, broken, 0], torch.zeros(4, dtype=torch.int64))
+        assert bool(distances[0, [3, 12], 0].isnan().all())
+
+
+@settings(max_examples=12)
+@given(
+    b=st.integers(1, 2),
+    n=st.sampled_from([1, 63, 65]),
+    k=st.sampled_from([1, 5, 64, 130]),
+    d=st.sampled_from([0, 1, 15, 33]),
+    top=st.sampled_from([1, 2, 5, 40]),
+    dtype=st.sampled_from(list(DTYPES)),
+    order=orders,
+    seed=seeds,
+)
+def test_the_nearest_few_are_those_of_the_reference(
+    program: Path, b: int, n: int, k: int, d: int, top: int, dtype: torch.dtype, order: int, seed: int
+) -> None:
+    g = generator(seed)
+    x = torch.randint(-9, 10, (b, n, d), generator=g).to(dtype)
+    centroids = torch.randint(-9, 10, (b, k, d), generator=g).to(accumulator(dtype))
+    if n > 5 and d > 1:
+        x[0, 4, 0] = torch.nan
+    top = min(top, k)
+    labels, distances, _ = assign(program, x, centroids, order, top=top)
+    exact = squared(x, centroids)
+    ranked = exact.where(~exact.isnan(), torch.inf)
+    expected = torch.sort(ranked, dim=-1, stable=True).indices[..., :top]
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(distances.double(), exact.gather(-1, expected), rtol=0, atol=0, equal_nan=True)
+
+
+def test_fp64_is_compared_in_fp64(program: Path) -> None:
+    x, centroids = draw(1, 70, 66, 9, 0, torch.float64)
+    centroids = torch.cat([centroids, centroids + 1e-9], 1)
+    labels, distances, _ = assign(program, x, centroids, 1)
+    assert torch.equal(labels, assign_l2(x, centroids, 1)[0])
+    torch.testing.assert_close(distances, squared(x, centroids).gather(-1, labels), rtol=1e-13, atol=0)
+
+
+def test_a_label_depends_on_its_row_alone(program: Path) -> None:
+    x, centroids = draw(1, 150, 70, 65, 0)
+    centroids[:, 35:] = centroids[:, :35] + 1e-6
+    whole, distances, close = assign(program, x, centroids, 0)
+    assert int(close) > 0
+    for rows in (slice(0, 1), slice(40, 140)):
+        labels, parts, _ = assign(program, x[:, rows], centroids, 1, shared=LITTLE)
+        assert torch.equal(labels, whole[:, rows])
+        assert torch.equal(parts, distances[:, rows])

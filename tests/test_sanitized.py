@@ -1,7 +1,4 @@
-"""Kernels outside Python under the address, undefined-behaviour and thread sanitizers.
-
-CUDA kernels run here on the CPU, thread by thread (native/simt.h), in three orders of the threads of a block.
-"""
+"""CPU kernels outside Python under the address, undefined-behaviour and thread sanitizers."""
 
 from __future__ import annotations
 
@@ -64,35 +61,6 @@ def check(program: Path, x: Tensor, centroids: Tensor, option: int) -> None:
 def draw(b: int, n: int, k: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
     g = generator(seed)
     return torch.randn(b, n, d, generator=g), torch.randn(b, k, d, generator=g)
-
-
-@pytest.fixture(scope="module")
-def cuda_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("simt"), "kmeans.cpp", "-DCLUSTOPS_SIMT", *ADDRESS)
-
-
-@settings(max_examples=12)
-@given(
-    b=st.integers(0, 3),
-    n=st.sampled_from([1, 7, 63, 64, 65, 131]),
-    k=st.sampled_from([1, 5, 63, 64, 65, 129]),
-    d=st.sampled_from([0, 1, 15, 16, 17, 33]),
-    order=st.integers(0, 2),
-    seed=seeds,
-)
-def test_the_cuda_kernel_on_the_cpu_agrees_in_any_thread_order(
-    cuda_kernel: Path, b: int, n: int, k: int, d: int, order: int, seed: int
-) -> None:
-    check(cuda_kernel, *draw(b, n, k, d, seed), order)
-
-
-def test_the_cuda_kernel_on_the_cpu_breaks_ties_and_survives_nan(cuda_kernel: Path) -> None:
-    x, centroids = draw(1, 70, 40, 3, 0)
-    x[0, 5, 1] = torch.nan
-    labels, distances = assign(cuda_kernel, x, centroids.repeat(1, 3, 1), 2)
-    assert int(labels.max()) < 40
-    assert int(labels[0, 5]) == 0
-    assert bool(distances[0, 5].isnan())
 
 
 @pytest.fixture(scope="module", params=[name for name in SETS if runnable(name)])

@@ -38,18 +38,28 @@ def _cpu(
     return labels.unsqueeze(-1), distances.unsqueeze(-1)
 
 
+_LONGEST = 64  # nearest centroids that the GPU kernel sorts by insertion; above it the reference is faster
+
+
 def _cuda(
     x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    if top != 1 or x.dtype == torch.float64:
+    if top > _LONGEST:
         return ops.assign_l2(x, centroids, top)
-    x, centroids, labels, distances = _prepare(x.float(), centroids)
+    precision = precision or torch.get_float32_matmul_precision()
+    (b, n, d), k = x.shape, centroids.shape[1]
+    dtype = ops.accumulator(x.dtype)
+    x, centroids = x if x.stride(-1) == 1 else x.contiguous(), centroids.to(dtype).contiguous()
+    labels, distances = x.new_empty((b, n, top), dtype=torch.int64), x.new_empty((b, n, top), dtype=dtype)
+    rows = view(x)
+    size = extension.kmeans_assign_cuda_workspace(b, n, k, d, top, rows, precision)
+    workspace = x.new_empty(size // 4, dtype=torch.float32)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
         extension.kmeans_assign_cuda(
-            view(x), view(centroids), view(labels), view(distances), view(x.new_empty(0)), stream
+            rows, view(centroids), view(labels), view(distances), view(workspace), precision, stream
         )
-    return labels.unsqueeze(-1), distances.unsqueeze(-1)
+    return labels, distances
 
 
 register(

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "element.h"
-#include "kmeans_layout.h"
+#include "kmeans_leader.h"
 #include "launch.h"
 #include "mma.h"
 

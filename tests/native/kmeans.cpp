@@ -1,16 +1,11 @@
 // Runs k-means assignment outside Python, so that a sanitizer can watch it: the CPU kernel (CLUSTOPS_ISA names the
-// instruction set), or with CLUSTOPS_SIMT the CUDA kernel on the CPU.
-// stdin: int64 problems, rows, clusters, features, option; then x and centroids as fp32. stdout: labels, distances.
-// option: threads for the CPU kernel; order of the threads of a block (0, 1, 2) for the CUDA kernel.
+// instruction set).
+// stdin: int64 problems, rows, clusters, features, threads; then x and centroids as fp32. stdout: labels, distances.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
 
-#ifdef CLUSTOPS_SIMT
-#include "../../csrc/cuda/kmeans.cu"
-#else
 #include "../../csrc/cpu/kmeans.cpp"
-#endif
 
 namespace {
 
@@ -31,21 +26,16 @@ void write(const std::vector<T>& values) {
 int main() {
   const std::vector<int64_t> size = read<int64_t>(5);
   const int64_t b = size[0], n = size[1], k = size[2], d = size[3];
-  const int option = static_cast<int>(size[4]);
+  const int threads = static_cast<int>(size[4]);
   const std::vector<float> x = read<float>(b * n * d), centroids = read<float>(b * k * d);
   std::vector<int64_t> labels(b * n, -7);
   std::vector<float> distances(b * n, -7);
   clustops::KMeansAssign problem{x.data(), centroids.data(), labels.data(), distances.data(), nullptr, b, n, k, d,
                                  n * d,    d, clustops::DType::f32};
-#ifdef CLUSTOPS_SIMT
-  simt::order = static_cast<simt::Order>(option);
-  clustops::cuda::kmeans_assign(problem, nullptr);
-#else
   namespace kernel = clustops::cpu::CLUSTOPS_ISA;
-  std::vector<float> workspace(kernel::kmeans_assign_workspace(b, k, d, problem.dtype, option));
+  std::vector<float> workspace(kernel::kmeans_assign_workspace(b, k, d, problem.dtype, threads));
   problem.workspace = workspace.data();
-  kernel::kmeans_assign(problem, option);
-#endif
+  kernel::kmeans_assign(problem, threads);
   write(labels);
   write(distances);
 }
