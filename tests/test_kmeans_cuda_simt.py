@@ -203,6 +203,10 @@ def test_few_rows_far_from_the_origin_are_too_close_to_call(program: Path, offse
     assert int(close) < 7
 
 
+def integers(g: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(-4, 5, shape, generator=g).float()
+
+
 @settings(max_examples=6)
 @given(
     n=st.sampled_from([9, 130]),
@@ -210,26 +214,30 @@ def test_few_rows_far_from_the_origin_are_too_close_to_call(program: Path, offse
     d=st.sampled_from([1, 3]),
     order=orders,
     offset=st.sampled_from([0, 1000]),
-    precision=st.sampled_from(["highest", "medium"]),
     seed=seeds,
 )
 def test_ties_go_to_the_lowest_index(
-    program: Path, n: int, k: int, d: int, order: int, offset: int, precision: str, seed: int
+    program: Path, n: int, k: int, d: int, order: int, offset: int, seed: int
 ) -> None:
     g = generator(seed)
-    # Without a mean to take off, integers this small are exact in any precision.
-    x = (torch.randint(-4, 5, (1, n, d), generator=g) + offset).float()
-    half = torch.randint(-4, 5, (1, k, d), generator=g)
-    if precision == "medium":
-        offset = 0
-        x = torch.randint(-4, 5, (1, n, d), generator=g).float()
-        k32 = torch.cat([half, -half], 1)
-        half = k32[:, :16].repeat(1, 2, 1) * torch.tensor([1] * 16 + [-1] * 16).view(1, 32, 1)
-    centroids = (half + offset).float()
+    x, centroids = integers(g, 1, n, d) + offset, integers(g, 1, k, d) + offset
     exact = squared(x, centroids)
-    labels, distances, _ = assign(program, x, centroids, order, precision=precision)
+    labels, distances, _ = assign(program, x, centroids, order)
     assert torch.equal(labels[..., 0], exact.argmin(-1))
     assert torch.equal(distances[..., 0].double(), exact.min(-1).values)
+
+
+@settings(max_examples=6)
+@given(copies=st.sampled_from([1, 5]), d=st.sampled_from([1, 3]), order=orders, seed=seeds)
+def test_ties_in_bf16_go_to_the_lowest_index(
+    program: Path, copies: int, d: int, order: int, seed: int
+) -> None:
+    g = generator(seed)
+    half = integers(g, 1, 16, d)
+    x, centroids = integers(g, 1, 130, d), torch.cat([half, -half], 1).repeat(1, copies, 1)
+    labels, _, _ = assign(program, x, centroids, order, precision="medium")  # exact if the mean is 0
+    assert shifted_by_samples(x, centroids)[1].equal(centroids)
+    assert torch.equal(labels[..., 0], squared(x, centroids).argmin(-1))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
