@@ -7,7 +7,7 @@ All reductions are deterministic for a fixed number of ranks.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,15 @@ def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
     return result
 
 
+def all_reduce_sum_together(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
+    """``all_reduce_sum`` of each tensor in one collective, in float64: integers must stay below 2^53."""
+    if group is None:
+        return list(tensors)
+    flat = all_reduce_sum(torch.cat([t.detach().to(torch.float64).flatten() for t in tensors]), group)
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape).to(t.dtype) for part, t in zip(parts, tensors, strict=True)]
+
+
 def all_reduce_max(tensor: Tensor, group: Group) -> Tensor:
     """Elementwise maximum over ranks. The input is not written."""
     if group is None:
@@ -79,6 +88,15 @@ def all_reduce_max(tensor: Tensor, group: Group) -> Tensor:
     result = tensor.detach().clone().contiguous()
     dist.all_reduce(result, op=dist.ReduceOp.MAX, group=group)
     return result
+
+
+def all_gather_stack(tensor: Tensor, group: Group) -> Tensor:
+    """``[ranks, ...]``: the tensors of all ranks, which have one shape and dtype."""
+    if group is None:
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
+    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
+    return torch.stack(parts)
 
 
 def all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, list[int]]:
@@ -89,16 +107,13 @@ def all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, list[int]]:
     """
     if group is None:
         return tensor, [tensor.shape[0]]
-    size = torch.tensor([tensor.shape[0]], dtype=torch.int64, device=tensor.device)
-    sizes = [torch.empty_like(size) for _ in range(world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    counts = [int(s) for s in sizes]
+    size = torch.tensor(tensor.shape[0], dtype=torch.int64, device=tensor.device)
+    counts: list[int] = all_gather_stack(size, group).tolist()
     longest = max(counts)
     # Collectives want equal shapes: pad to the longest shard, cut after.
     padded = tensor.detach().new_zeros((longest, *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor.detach()
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    parts = all_gather_stack(padded, group)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts
 
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from .checks import reject, values_are_checked
-from .distributed import Group, all_gather_rows, all_reduce_max, all_reduce_sum, rank
+from .distributed import (
+    Group,
+    all_gather_stack,
+    all_reduce_max,
+    all_reduce_sum,
+    all_reduce_sum_together,
+    rank,
+)
 from .kmeans_source import Reader, Source
 from .native import kmeans_seeding as _seeding  # noqa: F401  (registers the ops)
 from .native import kmeans_update as _update  # noqa: F401
@@ -152,7 +159,7 @@ class Rows:
             self.add_rows(sums, counts, chunk, labels, weights, None if warm is None else warm[:, rows])
             found.append(labels)
             far.append(distances)
-        sums, counts = all_reduce_sum(sums, self.group), all_reduce_sum(counts, self.group)
+        sums, counts = all_reduce_sum_together([sums, counts], self.group)
         if before is not None and self.group is not None:
             sums, counts = sums + before.sums, counts + before.counts
         return Assigned(joined(found), joined(far), sums, counts)
@@ -245,7 +252,7 @@ class Rows:
         """Sums of ``count [E]`` over the ranks before this one and over all ranks."""
         if self.group is None:
             return torch.zeros_like(count), count
-        gathered, _ = all_gather_rows(count.unsqueeze(0), self.group)
+        gathered = all_gather_stack(count, self.group)
         return gathered[: rank(self.group)].sum(0), gathered.sum(0)
 
     def potentials(self, candidates: Tensor, closest: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
