@@ -73,7 +73,8 @@ class _Writeable:
 def like(array: Any) -> Callable[[Tensor], Any]:
     """The function that turns a result tensor into the kind of array that ``array`` is.
 
-    Lists and tuples give NumPy arrays. A tensor goes back as it is.
+    Lists and tuples give NumPy arrays. A tensor goes back as it is. JAX holds 64-bit results in 32 bits
+    unless ``jax_enable_x64`` is set.
     """
     if isinstance(array, Tensor):
         return lambda tensor: tensor

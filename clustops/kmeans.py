@@ -127,7 +127,7 @@ def kmeans(
     rows = _rows(data, k, weights, lengths, start, metric, precision, device, group)
     restarts = n_init if start is None else 1
     if start is not None:
-        centroids = arguments.batched(start, 3).to(rows.device, rows.dtype)
+        centroids = arguments.batched(start, 3).to(rows.device, rows.dtype, copy=True)
     else:
         centroids = (plus_plus if init == "k-means++" else random_rows)(rows, k, seed=seed, restarts=restarts)
     if metric == "cosine":

@@ -230,9 +230,9 @@ def repair_empty_clusters(
     k = centres.shape[-2]
     index = arguments.labels_of(labels, data, k)
     _check_counts(counts, index, k)
-    index = arguments.batched(index, 2)
+    index = arguments.batched(index, 2).clone()
     rows = Rows(data, (index >= 0).double(), None)
-    centres = arguments.batched(centres, 3).to(rows.dtype)
+    centres = arguments.batched(centres, 3).to(rows.dtype, copy=True)
     present = rows.count(index, k)
     if policy == "keep":
         found = index, centres, present, torch.zeros_like(present[:, 0])
