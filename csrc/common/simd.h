@@ -48,6 +48,7 @@ struct VecD {
     return {_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p)};
   }
   static VecD set1(double x) { return {_mm512_set1_pd(x)}; }
+  friend VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
   friend VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
   friend VecD fma(VecD a, VecD b, VecD c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 };
@@ -113,6 +114,7 @@ struct VecD {
     return {_mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane))};
   }
   static VecD set1(double x) { return {_mm256_set1_pd(x)}; }
+  friend VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
   friend VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
   friend VecD fma(VecD a, VecD b, VecD c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 };
@@ -198,6 +200,7 @@ struct VecD {
     return a;
   }
   static VecD set1(double x) { return {Lanes{x, x}}; }
+  friend VecD operator+(VecD a, VecD b) { return {a.v + b.v}; }
   friend VecD operator-(VecD a, VecD b) { return {a.v - b.v}; }
   friend VecD fma(VecD a, VecD b, VecD c) { return {a.v * b.v + c.v}; }
 };

@@ -5,9 +5,11 @@
 // score is off by at most
 //   e = |x'| |c - c'| + |x - x'| |c| + (rounding of the sums),
 // so score - e is a lower bound. Where a few directions carry most of x and c, as in images, their coefficients enter
-// the product in two bf16 parts, which leaves x and c in e without them. A block of rows keeps its minima over 4 and over 16 centroids; then each row
-// looks at the 4 centroids with the smallest score, whose distance gives it an upper bound, and at all others with a
-// lower bound not above it. Nothing depends on the other rows of a tile.
+// the product in two bf16 parts, which leaves x and c in e without them.
+//
+// A block of rows keeps its scores and the lower bounds of groups of 16 centroids. Then each row takes the distance to
+// the centroid with the smallest score, which gives an upper bound, and to all others whose lower bound is not above it.
+// Nothing depends on the other rows of a tile.
 #include <immintrin.h>
 
 #include <cstring>
@@ -22,9 +24,7 @@ namespace {
 constexpr int kSide = 16;                    // rows and columns of a tile
 constexpr int kStep = 32;                    // features of one tile product
 constexpr int kTile = kSide * kSide;         // floats, or pairs of bf16
-constexpr int kFew = 4;                      // centroids behind one kept bound
-constexpr int kParts = kSide / kFew;
-constexpr int64_t kChunk = 128;              // groups of 16 centroids whose bounds are kept at a time
+constexpr int64_t kChunk = 64;               // groups of 16 centroids whose scores are kept at a time
 constexpr int64_t kPackedBytes = 32 << 10;   // of a block of rows, so that it stays in the level 1 cache
 constexpr int64_t kMaxBlocks = 8;            // tiles of rows in a block
 constexpr int64_t kUnit = 512;               // rows of one unit of parallel work
@@ -50,10 +50,10 @@ struct Layout {
   int64_t groups, steps, padded, kept;                          // kept: groups of a chunk
   int64_t directions, used, bounds, half_norms, tiles, problem;  // the mean comes first
   int64_t blocks;                                               // tiles of rows in a block
-  int64_t rounded, few, low, wide;                              // packed rows come first
+  int64_t rounded, scores, low, wide;                           // packed rows come first
 
   Layout(int64_t clusters, int64_t features)
-      : groups(divide_up(clusters, kSide)),
+      : groups(2 * divide_up(clusters, 2 * kSide)),
         steps(divide_up(features + kColumns, kStep)),
         padded(steps * kStep),
         kept(std::min(groups, kChunk)),
@@ -63,10 +63,10 @@ struct Layout {
         half_norms(bounds + divide_up(groups * 4, kSide) * kSide),
         tiles(half_norms + groups * kTile),
         problem(tiles + groups * steps * kTile),
-        blocks(std::clamp<int64_t>(kPackedBytes / (steps * kTile * 4), 2, kMaxBlocks)),
+        blocks(std::clamp<int64_t>(kPackedBytes / (steps * kTile * 8), 1, kMaxBlocks / 2) * 2),
         rounded(blocks * steps * kTile),
-        few(rounded + steps * kTile),
-        low(few + blocks * kept * kParts * kSide),
+        scores(rounded + steps * kTile),
+        low(scores + blocks * kept * kTile),
         wide(low + blocks * kept * kSide) {}
 
   int64_t rows() const { return blocks * kSide; }
@@ -355,48 +355,53 @@ void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign
   for (int64_t s = 0; s < frame.steps; ++s) transpose(rounded + s * kStep, frame.padded, packed + s * 2 * kTile);
 }
 
-// Scores of kGroups x 16 centroids and kBlocks x 16 rows: half norms plus the products of `steps` tiles; `next` elements
-// lie between groups, and between blocks.
-template <int kGroups, int kBlocks>
+// Scores of two groups of centroids and two blocks of rows: half norms plus the products of `steps` tiles; `next`
+// elements lie between groups, and between blocks; the scores of the second block lie `next_scores` further.
 inline void score(const uint16_t* centroids, const float* half_norms, const uint16_t* rows, int64_t next, int64_t steps,
-                  float* scores) {
+                  float* scores, int64_t next_scores) {
   _tile_loadd(0, half_norms, 64);
-  if (kBlocks > 1) _tile_loadd(1, half_norms, 64);
-  if (kGroups > 1) _tile_loadd(2, half_norms + kTile, 64);
-  if (kGroups > 1 && kBlocks > 1) _tile_loadd(3, half_norms + kTile, 64);
-  for (int64_t s = 0; s < steps; ++s, centroids += 2 * kTile, rows += 2 * kTile) {
+  _tile_loadd(1, half_norms, 64);
+  _tile_loadd(2, half_norms + kTile, 64);
+  _tile_loadd(3, half_norms + kTile, 64);
+  const auto load_operands = [&] {
     _tile_loadd(4, centroids, 64);
     _tile_loadd(6, rows, 64);
+    _tile_loadd(7, rows + next, 64);
+    _tile_loadd(5, centroids + next, 64);
+  };
+  for (int64_t s = 1; s < steps; ++s, centroids += 2 * kTile, rows += 2 * kTile) {
+    load_operands();
     _tile_dpbf16ps(0, 4, 6);
-    if (kBlocks > 1) _tile_loadd(7, rows + next, 64);
-    if (kBlocks > 1) _tile_dpbf16ps(1, 4, 7);
-    if (kGroups > 1) _tile_loadd(5, centroids + next, 64);
-    if (kGroups > 1) _tile_dpbf16ps(2, 5, 6);
-    if (kGroups > 1 && kBlocks > 1) _tile_dpbf16ps(3, 5, 7);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
   }
+  load_operands();
+  _tile_dpbf16ps(0, 4, 6);
   _tile_stored(0, scores, 64);
-  if (kBlocks > 1) _tile_stored(1, scores + kTile, 64);
-  if (kGroups > 1) _tile_stored(2, scores + 2 * kTile, 64);
-  if (kGroups > 1 && kBlocks > 1) _tile_stored(3, scores + 3 * kTile, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_stored(1, scores + next_scores, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_stored(2, scores + kTile, 64);
+  _tile_dpbf16ps(3, 5, 7);
+  _tile_stored(3, scores + next_scores + kTile, 64);
 }
 
-// Keeps the lower bounds of one tile.
+// Keeps the lowest bound of one tile for each of its rows.
 template <class T>
-inline void keep(const float* scores, const float* bound, int64_t g, float* few, float* low, State<T>& state) {
+inline void keep(const float* scores, const float* bound, int64_t g, float* low, State<T>& state) {
   const __m512 e = _mm512_fmadd_ps(
       _mm512_load_ps(state.rest), _mm512_set1_ps(bound[0]),
       _mm512_fmadd_ps(_mm512_load_ps(state.residual), _mm512_set1_ps(bound[1]),
                       _mm512_fmadd_ps(_mm512_load_ps(state.norm), _mm512_set1_ps(bound[2]), _mm512_set1_ps(bound[3]))));
-  __m512 least[kParts];
+  __m512 least[4];
 #pragma GCC unroll 4
-  for (int i = 0; i < kParts; ++i) {
-    const float* s = scores + i * kFew * kSide;
+  for (int i = 0; i < 4; ++i) {
+    const float* s = scores + i * 4 * kSide;
     least[i] = _mm512_min_ps(_mm512_min_ps(_mm512_load_ps(s), _mm512_load_ps(s + kSide)),
                              _mm512_min_ps(_mm512_load_ps(s + 2 * kSide), _mm512_load_ps(s + 3 * kSide)));
-    least[i] -= e;
-    _mm512_store_ps(few + i * kSide, least[i]);
   }
-  const __m512 lowest = _mm512_min_ps(_mm512_min_ps(least[0], least[1]), _mm512_min_ps(least[2], least[3]));
+  const __m512 lowest = _mm512_min_ps(_mm512_min_ps(least[0], least[1]), _mm512_min_ps(least[2], least[3])) - e;
   _mm512_store_ps(low, lowest);
   const __mmask16 better = _mm512_cmp_ps_mask(lowest, _mm512_load_ps(state.best), _CMP_LT_OQ);
   _mm512_mask_store_ps(state.best, better, lowest);
@@ -410,20 +415,22 @@ class Block {
   Block(const KMeansAssign& a, const Layout& layout, int64_t b, float* scratch)
       : a_(a), layout_(layout), b_(b), base_(a.workspace + b * layout.problem), scratch_(scratch), frame_(layout, base_, a.features) {}
 
-  void assign(int64_t first, int64_t count) {
+  // Rows [first, first + count); up to `end` others follow.
+  void assign(int64_t first, int64_t count, int64_t end) {
+    ahead_ = first + count;
+    ahead_end_ = std::min(ahead_ + layout_.rows(), end);
+    ahead_step_ = divide_up(4 * layout_.rows(), layout_.groups * layout_.blocks);
     rows_ = rows_of<T>(a_, b_, first, count, scratch_ + layout_.wide);
-    const int64_t blocks = divide_up(count, kSide);
+    const int64_t blocks = 2 * divide_up(count, 2 * kSide);
     for (int64_t s = 0; s < blocks; ++s) {
-      pack_rows(rows_, s * kSide, std::min<int64_t>(kSide, count - s * kSide), a_, frame_,
+      pack_rows(rows_, s * kSide, std::clamp<int64_t>(count - s * kSide, 0, kSide), a_, frame_,
                 reinterpret_cast<uint16_t*>(scratch_ + layout_.rounded), packed(s), state_[s]);
     }
     asm volatile("" ::: "memory");  // tile loads are opaque to the compiler
     for (int64_t g0 = 0; g0 < layout_.groups; g0 += layout_.kept) {
       const int64_t groups = std::min(layout_.kept, layout_.groups - g0);
       for (int64_t s = 0; s < blocks; ++s) std::fill_n(state_[s].best, kSide, kInfinity), std::fill_n(state_[s].group, kSide, 0);
-      int64_t g = 0;
-      for (; g + 2 <= groups; g += 2) pass<2>(g0, g, blocks);
-      if (g < groups) pass<1>(g0, g, blocks);
+      score_groups(g0, groups, blocks);
       for (int64_t s = 0; s < blocks; ++s) decide(s, g0, groups);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -434,36 +441,43 @@ class Block {
 
  private:
   uint16_t* packed(int64_t s) { return reinterpret_cast<uint16_t*>(scratch_ + s * layout_.steps * kTile); }
-  float* few(int64_t s, int64_t g) { return scratch_ + layout_.few + (s * layout_.kept + g) * kParts * kSide; }
+  float* scores(int64_t s, int64_t g) { return scratch_ + layout_.scores + (s * layout_.kept + g) * kTile; }
   float* low(int64_t s, int64_t g) { return scratch_ + layout_.low + (s * layout_.kept + g) * kSide; }
 
-  template <int kGroups>
-  void pass(int64_t g0, int64_t g, int64_t blocks) {
-    int64_t s = 0;
-    for (; s + 2 <= blocks; s += 2) tiles<kGroups, 2>(g0, g, s);
-    if (s < blocks) tiles<kGroups, 1>(g0, g, s);
+  // All scores of some groups. Those of one step are looked through while the tiles of the next are multiplied.
+  void score_groups(int64_t g0, int64_t groups, int64_t blocks) {
+    int64_t before_g = -1, before_s = 0;
+    for (int64_t g = 0; g < groups; g += 2) {
+      const float* tiles = base_ + layout_.tiles + (g0 + g) * layout_.steps * kTile;
+      for (int64_t s = 0; s < blocks; s += 2) {
+        score(reinterpret_cast<const uint16_t*>(tiles), base_ + layout_.half_norms + (g0 + g) * kTile, packed(s),
+              layout_.steps * 2 * kTile, frame_.steps, scores(s, g), layout_.kept * kTile);
+        if (before_g >= 0) keep_four(g0, before_g, before_s);
+        before_g = g, before_s = s;
+        fetch_ahead();
+      }
+    }
+    keep_four(g0, before_g, before_s);
   }
 
-  template <int kGroups, int kBlocks>
-  void tiles(int64_t g0, int64_t g, int64_t s) {
-    alignas(64) float scores[4 * kTile];
-    const uint16_t* centroids = reinterpret_cast<const uint16_t*>(base_ + layout_.tiles + (g0 + g) * layout_.steps * kTile);
-    score<kGroups, kBlocks>(centroids, base_ + layout_.half_norms + (g0 + g) * kTile, packed(s), layout_.steps * 2 * kTile,
-                            frame_.steps, scores);
-#pragma GCC unroll 2
-    for (int i = 0; i < kGroups; ++i) {
-#pragma GCC unroll 2
-      for (int j = 0; j < kBlocks; ++j) {
-        keep(scores + (2 * i + j) * kTile, base_ + layout_.bounds + 4 * (g0 + g + i), g + i, few(s + j, g + i),
-             low(s + j, g + i), state_[s + j]);
-      }
+  void keep_four(int64_t g0, int64_t g, int64_t s) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t gi = g + i / 2, si = s + i % 2;
+      keep(scores(si, gi), base_ + layout_.bounds + 4 * (g0 + gi), gi, low(si, gi), state_[si]);
     }
   }
 
-  // The direct distances of kFew centroids: perhaps a nearer one, and a lower upper bound.
+  // The next block's rows come from memory while this one computes.
+  void fetch_ahead() {
+    const int64_t until = std::min(ahead_ + ahead_step_, ahead_end_);
+    prefetch_rows(a_, b_, ahead_, until);
+    ahead_ = until;
+  }
+
+  // The direct distance to centroid k: perhaps a nearer one, and a lower upper bound.
   void look(State<T>& state, int64_t s, int r, int64_t k) {
-    if (k >= a_.clusters) return;
-    const Nearest<T> found = nearest_of<kFew>(a_, b_, rows_[s * kSide + r], k, 1);
+    const Nearest<T> found = nearest_of<1>(a_, b_, rows_[s * kSide + r], k, 1);
     if (!found.before(state.nearest[r])) return;
     state.nearest[r] = found;
     const float distance = static_cast<float>(found.distance), square = state.square[r];
@@ -472,15 +486,23 @@ class Block {
     state.upper[r] = std::min(state.upper[r], 0.5f * (distance - square) + slack + 0x1p-120f);
   }
 
-  // All of one group that row r may want.
+  // All of one group that row r may want, the one with the smallest score first.
   void look_at_group(State<T>& state, int64_t s, int r, int64_t g0, int64_t g) {
-    const float* parts = few(s, g) + r;
-    int least = 0;
-    for (int i = 1; i < kParts; ++i) least = parts[i * kSide] < parts[least * kSide] ? i : least;
+    const float* bound = base_ + layout_.bounds + 4 * (g0 + g);
+    const float e = state.rest[r] * bound[0] + state.residual[r] * bound[1] + state.norm[r] * bound[2] + bound[3];
+    const __m512i rows = _mm512_mullo_epi32(_mm512_set1_epi32(kSide),
+                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    const __m512 score = _mm512_i32gather_ps(rows, scores(s, g) + r, 4);
     const int64_t k = (g0 + g) * kSide;
-    if (!(parts[least * kSide] > state.upper[r])) look(state, s, r, k + least * kFew);
-    for (int i = 0; i < kParts; ++i) {
-      if (i != least && !(parts[i * kSide] > state.upper[r])) look(state, s, r, k + i * kFew);
+    uint32_t left = a_.clusters - k >= kSide ? 0xffff : (1u << std::max<int64_t>(a_.clusters - k, 0)) - 1;
+    const auto wanted = [&] {
+      return left & _mm512_cmp_ps_mask(score, _mm512_set1_ps(state.upper[r] + e), _CMP_NGT_UQ);
+    };
+    const uint32_t least = wanted() & _mm512_cmp_ps_mask(score, _mm512_set1_ps(_mm512_reduce_min_ps(score)), _CMP_EQ_OQ);
+    for (uint32_t next = least ? least : wanted(); next; next = wanted()) {
+      const int j = __builtin_ctz(next);
+      left &= ~(1u << j);
+      look(state, s, r, k + j);
     }
     low(s, g)[r] = kInfinity;
   }
@@ -493,10 +515,7 @@ class Block {
     for (int64_t g = 0; g < groups; ++g) {
       const __m512 bound = _mm512_load_ps(low(s, g));
       uint32_t wanted = _mm512_cmp_ps_mask(bound, _mm512_load_ps(state.upper), _CMP_NGT_UQ);
-      for (; wanted; wanted &= wanted - 1) {
-        const int r = __builtin_ctz(wanted);
-        if (!(low(s, g)[r] > state.upper[r])) look_at_group(state, s, r, g0, g);
-      }
+      for (; wanted; wanted &= wanted - 1) look_at_group(state, s, __builtin_ctz(wanted), g0, g);
     }
   }
 
@@ -507,6 +526,7 @@ class Block {
   float* const scratch_;
   const Frame frame_;
   Rows<T> rows_{};
+  int64_t ahead_ = 0, ahead_end_ = 0, ahead_step_ = 0;  // rows to prefetch
   State<T> state_[kMaxBlocks];
 };
 
@@ -546,8 +566,7 @@ void assign(const KMeansAssign& a, int threads) {
     const int64_t b = i / units, end = std::min(a.rows, (i % units + 1) * kUnit);
     Block<T> block(a, layout, b, scratch + thread * layout.thread(a.features, a.dtype));
     for (int64_t first = i % units * kUnit; first < end; first += layout.rows()) {
-      prefetch_rows(a, b, std::min(first + layout.rows(), end), std::min(first + 2 * layout.rows(), end));
-      block.assign(first, std::min(layout.rows(), end - first));
+      block.assign(first, std::min(layout.rows(), end - first), end);
     }
   });
 }

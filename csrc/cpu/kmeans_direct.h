@@ -65,8 +65,9 @@ Rows<T> rows_of(const KMeansAssign& a, int64_t b, int64_t first, int64_t count, 
   return {a.row<T>(b, first), a.row_stride};
 }
 
-// Rows [first, end) come from memory while something else is computed.
-inline void prefetch_rows(const KMeansAssign& a, int64_t b, int64_t first, int64_t end) {
+// Rows [first, end) come from memory while something else is computed. Inlined by force: a call of a function that only
+// prefetches is one without effect, which GCC drops.
+__attribute__((always_inline)) inline void prefetch_rows(const KMeansAssign& a, int64_t b, int64_t first, int64_t end) {
   const int64_t size = is_half(a.dtype) ? 2 : a.dtype == DType::f64 ? 8 : 4;
   for (int64_t n = first; n < end; ++n) {
     const char* row = static_cast<const char*>(a.x) + (b * a.problem_stride + n * a.row_stride) * size;
@@ -86,28 +87,30 @@ void mean_of_columns(const KMeansAssign& a, int64_t b, int64_t first, float* mea
   for (int64_t d = 0; d < count; ++d) mean[first + d] = static_cast<float>(sum[d] / static_cast<double>(a.clusters));
 }
 
-// ||x - c||^2 for each c, the same bits whatever else is computed beside it.
+// ||x - c||^2 for each c, in two interleaved sums: the same bits whatever else is computed beside it.
 template <int kCount, class T>
-void squared_distances(const T* x, const T* const (&c)[kCount], int64_t features, T (&distance)[kCount]) {
+inline void squared_distances(const T* x, const T* const (&c)[kCount], int64_t features, T (&distance)[kCount]) {
   using V = typename VecFor<T>::type;
-  V sum[kCount];
-  for (int i = 0; i < kCount; ++i) sum[i] = V::set1(0);
+  V even[kCount], odd[kCount];
+  for (int i = 0; i < kCount; ++i) even[i] = odd[i] = V::set1(0);
+  const auto add = [](V row, V centroid, V& sum) {
+    const V e = row - centroid;
+    sum = fma(e, e, sum);
+  };
   int64_t d = 0;
-  for (; d + V::kWidth <= features; d += V::kWidth) {
-    const V row = V::load(x + d);
+  for (; d + 2 * V::kWidth <= features; d += 2 * V::kWidth) {
+    const V first = V::load(x + d), second = V::load(x + d + V::kWidth);
     for (int i = 0; i < kCount; ++i) {
-      const V e = row - V::load(c[i] + d);
-      sum[i] = fma(e, e, sum[i]);
+      add(first, V::load(c[i] + d), even[i]);
+      add(second, V::load(c[i] + d + V::kWidth), odd[i]);
     }
   }
-  if (d < features) {
-    const V row = V::load_first(x + d, features - d);
-    for (int i = 0; i < kCount; ++i) {
-      const V e = row - V::load_first(c[i] + d, features - d);
-      sum[i] = fma(e, e, sum[i]);
-    }
+  for (; d < features; d += V::kWidth) {
+    const int64_t count = std::min<int64_t>(V::kWidth, features - d);
+    const V row = V::load_first(x + d, count);
+    for (int i = 0; i < kCount; ++i) add(row, V::load_first(c[i] + d, count), even[i]);
   }
-  for (int i = 0; i < kCount; ++i) distance[i] = reduce_add(sum[i]);
+  for (int i = 0; i < kCount; ++i) distance[i] = reduce_add(even[i] + odd[i]);
 }
 
 // The nearest of the kCount centroids first, first + step, ... (past the end `first` again), the lowest if equal.
