@@ -9,7 +9,6 @@ namespace {
 
 #if defined(__AVX512F__)
 
-inline VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
 inline VecD operator*(VecD a, VecD b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline VecD operator/(VecD a, VecD b) { return {_mm512_div_pd(a.v, b.v)}; }
 inline VecD load_wide(const double* p) { return VecD::load(p); }
@@ -19,7 +18,6 @@ inline void store(VecD a, float* p) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(a.v));
 
 #elif defined(__AVX2__)
 
-inline VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
 inline VecD operator*(VecD a, VecD b) { return {_mm256_mul_pd(a.v, b.v)}; }
 inline VecD operator/(VecD a, VecD b) { return {_mm256_div_pd(a.v, b.v)}; }
 inline VecD load_wide(const double* p) { return VecD::load(p); }
@@ -29,7 +27,6 @@ inline void store(VecD a, float* p) { _mm_storeu_ps(p, _mm256_cvtpd_ps(a.v)); }
 
 #else
 
-inline VecD operator+(VecD a, VecD b) { return {a.v + b.v}; }
 inline VecD operator*(VecD a, VecD b) { return {a.v * b.v}; }
 inline VecD operator/(VecD a, VecD b) { return {a.v / b.v}; }
 inline VecD load_wide(const double* p) { return VecD::load(p); }
