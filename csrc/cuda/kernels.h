@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../common/kmeans_cuda.h"
+#include "../common/kmeans.h"
+#include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
 
@@ -12,6 +14,8 @@ void kmeans_bounds(const KMeansBounds& problem, void* stream);
 void kmeans_sums(const KMeansSums& problem, void* stream);
 void kmeans_counts(const KMeansCounts& problem, void* stream);
 void kmeans_means(const KMeansMeans& problem, void* stream);
+void kmeans_iterate(const KMeansIterate& problem, void* stream);
+bool kmeans_iterate_fits(int64_t rows, int64_t features, int64_t clusters, DType dtype);  // on the current device
 void kmeans_potentials(const KMeansPotentials& problem, void* stream);
 void kmeans_closest(const KMeansClosest& problem, void* stream);
 void kmeans_seed(const KMeansSeed& problem, void* stream);
