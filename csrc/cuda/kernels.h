@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../common/kmeans_cuda.h"
-#include "../common/kmeans.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"

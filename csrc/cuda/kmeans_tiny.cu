@@ -58,10 +58,6 @@ struct Flags {
   unsigned largest_norm;  // bits of a float that is not negative
 };
 
-__device__ float warp_sum(float value) {
-  for (int by = kWarp / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAll, value, by);
-  return value;
-}
 __device__ double warp_sum(double value) {
   for (int by = kWarp / 2; by > 0; by /= 2) value += __shfl_xor_sync(kAll, value, by);
   return value;
@@ -444,7 +440,7 @@ struct Entry {
 
 // One CTA per entry.
 template <class T>
-__global__ void __launch_bounds__(kThreads) iterate(KMeansIterate a, Layout at, bool wide) {
+__global__ void __launch_bounds__(kThreads, 2) iterate(KMeansIterate a, Layout at, bool wide) {
   CLUSTOPS_DYNAMIC_SHARED(memory);
   __shared__ Flags flags;
   const int64_t restarts = a.entries / a.rows.problems;
