@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kmeans_repair import move_sums, relocate, relocation_scores, split
+from .kmeans_repair import int64, move_sums, relocate, relocation_scores, split
 from .kmeans_rows import Assigned, Rows, repeat
+from .native.kmeans_iterate import fits
 from .reference.kmeans import KMeansProgress
-from .reference.kmeans_ops import SPLIT, draw, squared_shift, unit_rows
+from .reference.kmeans_iterate import unit_means
+from .reference.kmeans_ops import squared_shift, unit_rows
 
 Report = Callable[[KMeansProgress], None]
 
@@ -67,6 +69,12 @@ def lloyd(
         look: whether the host may wait for the device.
     """
     e = centroids.shape[0]
+    x = _small(rows, centroids, empty) if tolerance is None and report is None and max_iter > 0 else None
+    if x is not None:
+        centroids, labels, repaired, still = torch.ops.clustops.kmeans_iterate(
+            x, centroids, rows.weights, rows.grid, max_iter, rows.metric == "cosine", empty, int64(seed)
+        )
+        return Fit(centroids, labels, torch.full_like(repaired, max_iter), still == 1, repaired)
     active = torch.ones(e, dtype=torch.bool, device=rows.device)
     still = ~active
     n_iter = torch.zeros(e, dtype=torch.int64, device=rows.device)
@@ -99,6 +107,14 @@ def lloyd(
     return Fit(centroids, labels, n_iter, still if tolerance is None else ~active, n_repaired)
 
 
+def _small(rows: Rows, centroids: Tensor, empty: str) -> Tensor | None:
+    """All rows, where one op does all iterations: small problems on a GPU; ``None`` elsewhere."""
+    if rows.device.type != "cuda" or empty not in ("split", "keep"):
+        return None
+    x = rows.at_once()
+    return x if x is not None and fits(x, centroids.shape[1]) else None
+
+
 def _step(
     rows: Rows,
     centroids: Tensor,
@@ -120,14 +136,10 @@ def _step(
         repaired = (index >= 0).sum(1)
     means, shift = torch.ops.clustops.kmeans_means(sums, centroids)
     if rows.metric == "cosine":
-        # Opposite rows may cancel; a centroid without a direction keeps the one it had.
-        means = torch.where((means != 0).any(-1, keepdim=True), unit_rows(means), centroids)
+        means = unit_means(means, centroids)
     if act and empty == "split":
-        k, restarts = counts.shape[1], rows.copies(counts)
-        position = torch.arange(k, device=rows.device)
-        uniform = torch.stack([draw(seed, SPLIT, r, iteration, position) for r in range(restarts)])
-        means, child = split(rows, labels, distances, means, counts, uniform.repeat(rows.batch, 1))
-        repaired = (child < k).sum(1)
+        means, child = split(rows, labels, distances, means, counts, seed, iteration)
+        repaired = (child < counts.shape[1]).sum(1)
         if rows.metric == "cosine":
             means = unit_rows(means)
     if rows.metric == "cosine" or act:

@@ -12,47 +12,32 @@ from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
 from .kmeans_select import extreme_members, ordinals, top_rows
-from .reference.kmeans_ops import RELOCATE, SPLIT, draw
-
-# How far a split moves the two centroids, as a part of the way to the donor's farthest row.
-STEP = 2.0**-5
+from .reference.kmeans_ops import RELOCATE, draw
+from .reference.kmeans_split import replace
 
 
 def split(
-    rows: Rows, labels: Tensor, distances: Tensor, means: Tensor, counts: Tensor, uniform: Tensor
+    rows: Rows,
+    labels: Tensor,
+    distances: Tensor,
+    means: Tensor,
+    counts: Tensor,
+    seed: int,
+    iteration: int,
 ) -> tuple[Tensor, Tensor]:
-    """Empty clusters next to the centroids of others, one child a donor.
-
-    Each empty cluster draws a donor with probability proportional to ``count - 1``; of several that drew the
-    same donor the first gets it. The two centroids stand ``mean +- STEP (farthest row - mean)``: some rows
-    are on either side, because the projections on that direction have mean zero and are not all zero. A donor
-    all of whose rows are equal has no such direction and is not drawn.
+    """Empty clusters next to the centroids of others, one child a donor, as ``clustops::kmeans_split`` does.
 
     Args:
         labels, distances: ``[E, N]``, the assignment behind ``means [E, K, D]`` and ``counts [E, K]``.
-        uniform: ``[E, K]`` in [0, 1), one number for each cluster that may be empty.
 
     Returns:
         centroids ``[E, K, D]`` and ``[E, K]`` the child of each donor, K for the others.
     """
-    k = counts.shape[1]
-    _, farthest = extreme_members(rows, distances, labels, k)
-    direction = rows.take(farthest) - means
-    divisible = (counts > 1) & (direction != 0).any(-1)
-    tickets = torch.where(divisible, counts - 1, 0).cumsum(1)
-    total = tickets[:, -1:]
-    target = (uniform * total).to(torch.int64).minimum(total - 1)
-    donor = torch.searchsorted(tickets, target, right=True).clamp(max=k - 1)
-    cluster = torch.arange(k, device=counts.device).expand_as(counts)
-    wants = torch.where((counts == 0) & (total > 0), cluster, k)
-    child = torch.full_like(counts, k).scatter_reduce(1, donor, wants, "amin")
-
-    up, down = means + STEP * direction, means - STEP * direction
-    # Where the step is lost in rounding the child takes the whole way.
-    lost = (up == down).all(-1, keepdim=True)
-    up, down = torch.where(lost, means + direction, up), torch.where(lost, means, down)
-    centroids = torch.where((child < k).unsqueeze(-1), down, means)
-    return replace(centroids, child, up), child
+    _, farthest = extreme_members(rows, distances, labels, counts.shape[1])
+    halves: tuple[Tensor, Tensor] = torch.ops.clustops.kmeans_split(
+        means, rows.take(farthest), counts, int64(seed), rows.copies(counts), iteration
+    )
+    return halves
 
 
 def relocate(
@@ -159,14 +144,12 @@ def split_rounds(
     """
     k = counts.shape[1]
     empty = (counts == 0).sum(1)
-    cluster = torch.arange(k, device=counts.device)
     for iteration in range(k):
         if not bool((counts == 0).any()):
             break
         means, _ = torch.ops.clustops.kmeans_means(rows.sum_labels(labels, k), centroids)
         own = rows.own_distances(labels, means)
-        uniform = draw(seed, SPLIT, 0, iteration, cluster).expand_as(counts)
-        halves, child = split(rows, labels, own, means, counts, uniform)
+        halves, child = split(rows, labels, own, means, counts, seed, iteration)
         donates = (child < k).unsqueeze(-1)
         if not bool(donates.any()):
             break
@@ -188,7 +171,6 @@ def empty_first(counts: Tensor) -> Tensor:
     return torch.where(counts == 0, cluster, k).sort(dim=1).values
 
 
-def replace(centroids: Tensor, cluster: Tensor, new: Tensor) -> Tensor:
-    """``centroids [E, K, D]`` with ``new [E, m, D]`` at ``cluster [E, m]``; an entry of K goes nowhere."""
-    padded = torch.nn.functional.pad(centroids, (0, 0, 0, 1))
-    return padded.scatter(1, cluster.unsqueeze(-1).expand_as(new), new)[:, :-1]
+def int64(seed: int) -> int:
+    """``seed`` mod 2^64, as an op takes it."""
+    return (seed + 2**63) % 2**64 - 2**63

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .distributed import all_gather_rows, all_reduce_max
 from .kmeans_rows import Rows, largest, repeat
+from .native import kmeans_iterate as _iterate  # noqa: F401  (registers the ops)
 from .reference.kmeans_seeding import integer_scale, to_integer
-
-_NONE = torch.iinfo(torch.int64).min
+from .reference.kmeans_split import NOWHERE
 
 
 def ordinals(rows: Rows) -> Tensor:
@@ -30,16 +30,12 @@ def extreme_members(
     Returns:
         ``[E, K]`` scores, -inf where a cluster has no row of positive weight, and indices, -1 there.
     """
-    valid = (repeat(rows.weights, rows.copies(labels)) > 0) & (labels >= 0)
-    score = torch.where(valid, score, -torch.inf)
-    bucket = labels.clamp(min=0)
-    best = score.new_full((score.shape[0], k), -torch.inf).scatter_reduce(1, bucket, score, "amax")
+    weights = repeat(rows.weights, rows.copies(labels))
+    best = torch.ops.clustops.kmeans_highest(score, labels, weights, k)
     best = all_reduce_max(best, rows.group)
-    sign = 1 if last else -1
-    place = torch.where(valid & (score == best.gather(1, bucket)), sign * rows.positions(), _NONE)
-    index = torch.full_like(best, _NONE, dtype=torch.int64).scatter_reduce(1, bucket, place, "amax")
-    index = all_reduce_max(index, rows.group)
-    return best, torch.where(index == _NONE, -1, sign * index)
+    place = torch.ops.clustops.kmeans_places(score, labels, weights, best, rows.offset, last)
+    place = all_reduce_max(place, rows.group)
+    return best, torch.where(place == NOWHERE, -1, place if last else -place)
 
 
 def top_rows(rows: Rows, score: Tensor, m: int) -> Tensor:

@@ -264,6 +264,25 @@ void bind_kmeans_update_cuda(py::module_& m) {
       release());
 }
 
+void bind_kmeans_iterate_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  m.def("kmeans_iterate_fits", [](int64_t rows, int64_t features, int64_t clusters, int64_t element) {
+    return cuda::kmeans_iterate_fits(rows, features, clusters,
+                                     element == 4 ? clustops::DType::f32 : clustops::DType::bf16);
+  });
+  m.def(
+      "kmeans_iterate_cuda",
+      [](const Tensor& x, const Tensor& weights, const Tensor& grid, const Tensor& centroids, const Tensor& result,
+         const Tensor& labels, const Tensor& repaired, const Tensor& still, int64_t iterations, bool cosine, bool split,
+         uint64_t seed, uintptr_t stream) {
+        cuda::kmeans_iterate(
+            clustops::kmeans_iterate_arguments(x, weights, grid, centroids, result, labels, repaired, still, iterations,
+                                               cosine, split, seed, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_kmeans_seeding_cuda(py::module_& m) {
   namespace cuda = clustops::cuda;
   using release = py::call_guard<py::gil_scoped_release>;
@@ -314,5 +333,6 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);
   bind_kmeans_seeding_cuda(m);
+  bind_kmeans_iterate_cuda(m);
 #endif
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from clustops.reference import kmeans_ops as ops
 from clustops.reference import kmeans_seeding as seeding
+from clustops.reference.kmeans_iterate import iterate
 
 TESTS = Path(__file__).parent
 CUDA = TESTS.parent / "csrc" / "cuda"
@@ -42,7 +43,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu"]
+SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu", "kmeans_tiny.cu"]
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -346,3 +347,119 @@ def test_the_first_row_fills_up_where_nothing_is_left_to_draw(program: Path) -> 
     chosen = found.take(torch.int64, 1, 4)
     assert torch.equal(chosen, seeding.seed(x, torch.ones(1, 4).double(), uniform, 4))
     assert chosen[0, 2:].tolist() == [int(chosen[0, 0])] * 2
+
+
+def assert_iterates(
+    program: Path,
+    order: int,
+    x: Tensor,
+    centroids: Tensor,
+    weights: Tensor,
+    iterations: int,
+    cosine: bool,
+    empty: str,
+    seed: int,
+) -> Tensor:
+    (b, n, d), (e, k, _) = x.shape, centroids.shape
+    grid = grid_of(x, weights)
+    sizes = [b, n, d, e, k, iterations, int(cosine), int(empty == "split"), seed]
+    found = Results(program, "iterate", order, x.dtype, sizes, x, weights, grid, centroids)
+    expected = iterate(x, centroids, weights, grid, iterations, cosine, empty, seed)
+    assert_bits(found.take(torch.float32, e, k, d), expected[0])
+    assert_bits(found.take(torch.int64, e, n), expected[1])
+    assert_bits(found.take(torch.int64, e), expected[2])
+    assert_bits(found.take(torch.int64, e), expected[3])
+    return expected[2]
+
+
+@few
+@given(
+    b=st.integers(0, 2),
+    restarts=st.integers(1, 2),
+    n=st.sampled_from([1, 15, 40, 150]),
+    d=st.sampled_from([1, 7, 8, 16, 33]),
+    k=st.sampled_from([1, 2, 9, 40]),
+    iterations=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    empty=st.sampled_from(["split", "keep"]),
+    weighted=st.booleans(),
+    order=orders,
+    seed=seeds,
+)
+def test_iterations_in_shared_memory_are_the_reference_s_bit_for_bit(
+    program: Path,
+    b: int,
+    restarts: int,
+    n: int,
+    d: int,
+    k: int,
+    iterations: int,
+    dtype: torch.dtype,
+    empty: str,
+    weighted: bool,
+    order: int,
+    seed: int,
+) -> None:
+    g = generator(seed)
+    x = torch.randn(b, n, d, generator=g).to(dtype)
+    weights = torch.ones(b, n, dtype=torch.float64)
+    if weighted:
+        weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(
+            0, 3, (b, n), generator=g
+        )
+        weights[:, 0] = 1
+    rows = torch.randint(0, n, (b * restarts, k), generator=g).unsqueeze(-1).expand(-1, -1, d)
+    centroids = x.repeat_interleave(restarts, 0).gather(1, rows).float()
+    assert_iterates(program, order, x, centroids, weights, iterations, False, empty, seed)
+
+
+def test_iterations_split_empty_clusters_as_the_reference_does(program: Path) -> None:
+    x = torch.randn(2, 60, 5, generator=generator(0))
+    centroids = x[:, :1].repeat_interleave(2, 0).repeat(1, 12, 1)  # all equal: eleven of twelve are empty
+    weights = torch.ones(2, 60, dtype=torch.float64)
+    for order in range(3):
+        repaired = assert_iterates(program, order, x, centroids, weights, 6, False, "split", 3)
+        assert int(repaired.min()) > 5
+    assert int(assert_iterates(program, 0, x, centroids, weights, 6, False, "keep", 3).max()) == 0
+
+
+def test_iterations_stop_early_with_the_result_of_all(program: Path) -> None:
+    x = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])
+    assert_iterates(program, 2, x, x[:, [0, 2]], torch.ones(1, 4).double(), 1000, False, "split", 0)
+
+
+def test_rows_far_from_the_origin_find_their_centroid_by_the_direct_distance(program: Path) -> None:
+    g = generator(1)
+    x = torch.randn(1, 100, 8, generator=g) * 0.05 + 1000.0
+    x = x + torch.randint(0, 4, (1, 100, 1), generator=g)
+    assert_iterates(program, 1, x, x[:, :7], torch.ones(1, 100).double(), 5, False, "split", 0)
+
+
+def test_a_row_with_nan_and_no_weight_changes_nothing(program: Path) -> None:
+    x = torch.randn(1, 40, 4, generator=generator(2))
+    weights = torch.ones(1, 40, dtype=torch.float64)
+    x[0, 7, 2], weights[0, 7] = torch.nan, 0
+    assert_iterates(program, 0, x, x[:, :5], weights, 4, False, "split", 0)
+
+
+@few
+@given(
+    n=st.sampled_from([1, 40, 100]),
+    d=st.sampled_from([1, 7, 33]),
+    k=st.sampled_from([1, 3, 20]),
+    empty=st.sampled_from(["split", "keep"]),
+    order=orders,
+    seed=seeds,
+)
+def test_iterations_on_the_sphere_agree_up_to_the_rounding_of_a_norm(
+    program: Path, n: int, d: int, k: int, empty: str, order: int, seed: int
+) -> None:
+    g = generator(seed)
+    x = ops.unit_rows(torch.randn(1, n, d, generator=g))
+    centroids = x[:, torch.randint(0, n, (k,), generator=g)]
+    weights = torch.ones(1, n, dtype=torch.float64)
+    sizes = [1, n, d, 1, k, 2, 1, int(empty == "split"), seed]
+    found = Results(program, "iterate", order, x.dtype, sizes, x, weights, grid_of(x, weights), centroids)
+    expected = iterate(x, centroids, weights, grid_of(x, weights), 2, True, empty, seed)
+    torch.testing.assert_close(found.take(torch.float32, 1, k, d), expected[0], rtol=1e-6, atol=1e-6)
+    assert_bits(found.take(torch.int64, 1, n), expected[1])

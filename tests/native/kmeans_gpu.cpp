@@ -130,6 +130,22 @@ void seed(DType dtype, const int64_t* size) {
   chosen.write();
 }
 
+void iterate(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], d = size[2], e = size[3], k = size[4];
+  auto x = Array<char>::read(b * n * d * size_of(dtype));
+  auto weights = Array<double>::read(b * n), grid = Array<double>::read(b * 2 * (d + 1));
+  auto centroids = Array<float>::read(e * k * d), result = Array<float>::room(e * k * d);
+  auto labels = Array<int64_t>::room(e * n), repaired = Array<int64_t>::room(e), still = Array<int64_t>::room(e);
+  cuda::kmeans_iterate({rows_of(x, &weights, size, dtype), grid.data(), centroids.data(), result.data(), labels.data(),
+                        repaired.data(), still.data(), e, k, size[5], size[6] != 0, size[7] != 0,
+                        static_cast<uint64_t>(size[8])},
+                       nullptr);
+  result.write();
+  labels.write();
+  repaired.write();
+  still.write();
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -144,5 +160,6 @@ int main(int count, char** arguments) {
   if (operation == "means") means(dtype, size.data());
   if (operation == "potentials") potentials(dtype, size.data());
   if (operation == "closest") closest(dtype, size.data());
+  if (operation == "iterate") iterate(dtype, size.data());
   if (operation == "seed") seed(dtype, size.data());
 }
