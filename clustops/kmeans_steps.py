@@ -11,11 +11,12 @@ from . import arrays
 from . import kmeans_arguments as arguments
 from .checks import check_choice, check_count, check_finite, check_same_device, reject, shape_of
 from .kmeans_init import plus_plus
-from .kmeans_repair import relocate, relocation_scores, replace, split_rounds
+from .kmeans_repair import relocate, relocation_scores, split_rounds
 from .kmeans_rows import Rows, counts_of
 from .kmeans_source import Reader, Source
 from .native import kmeans as _native  # noqa: F401  (registers the ops)
 from .reference.kmeans_ops import unit_rows
+from .reference.kmeans_split import replace
 
 
 def kmeans_assign(

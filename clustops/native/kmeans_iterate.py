@@ -67,7 +67,8 @@ register(
     fake=_fake_highest,
 )
 register(
-    "kmeans_places(Tensor score, Tensor labels, Tensor weights, Tensor best, SymInt offset, bool last) -> Tensor",
+    "kmeans_places(Tensor score, Tensor labels, Tensor weights, Tensor best, SymInt offset, bool last) "
+    "-> Tensor",
     reference=kmeans_split.places,
     fake=_fake_places,
 )

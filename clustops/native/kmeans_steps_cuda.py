@@ -1,4 +1,4 @@
-"""The steps of k-means other than the assignment on a GPU: results and workspace allocated, kernels called."""
+"""The steps of k-means other than the assignment, on a GPU: results allocated, kernels called."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def closest_(
 
 def seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
     """``clustops::kmeans_seed``."""
-    x, (b, n, d) = _rows(x), x.shape
+    x, (n, d) = _rows(x), x.shape[1:]
     entries, trials = uniform.shape[0], uniform.shape[1] // max(1, k)
     chosen = uniform.new_empty((entries, k), dtype=torch.int64)
     size = extension.kmeans_seed_workspace(entries, n, d, trials)

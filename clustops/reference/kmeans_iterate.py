@@ -56,5 +56,5 @@ def iterate(
 
 
 def unit_means(means: Tensor, previous: Tensor) -> Tensor:
-    """``means`` of norm 1; opposite rows may cancel, and a mean without a direction stays as it was before."""
+    """``means`` of norm 1; where opposite rows cancel, the previous one stays."""
     return torch.where((means != 0).any(-1, keepdim=True), unit_rows(means), previous)

@@ -69,8 +69,8 @@ def places(score: Tensor, labels: Tensor, weights: Tensor, best: Tensor, offset:
     """Where each cluster's rows of positive weight have the score ``best [E, K]``.
 
     Returns:
-        ``[E, K]`` int64, the largest of ``n + offset`` for ``last``, of ``-(n + offset)`` otherwise; the lowest
-        integer where there is no such row.
+        ``[E, K]`` int64, the largest of ``n + offset`` for ``last``, of ``-(n + offset)`` if not; ``NOWHERE``
+        where there is no such row.
     """
     bucket = labels.clamp(min=0)
     position = torch.arange(score.shape[1], device=score.device) + offset
