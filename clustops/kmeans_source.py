@@ -213,7 +213,7 @@ def _staged(parts: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Host tensors on a GPU; while the caller's kernels work on one, the next is copied.
 
     Two pairs of buffers take turns: a pinned one, so that the copy is asynchronous although the rows lie in
-    pageable memory, and one on the GPU. The first part is the largest.
+    pageable memory, and one on the GPU. No part is larger than those before it.
     """
     copier = torch.cuda.Stream(device)
     pairs: list[_Pair] = []

@@ -70,6 +70,24 @@ def test_scikit_learn_ends_at_the_same_centres_from_the_same_start(weighted: boo
     np.testing.assert_allclose(ours.score(new), theirs.score(new), rtol=1e-9)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batches_move_the_centres_of_scikit_learn_s_mini_batches(weighted: bool) -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    x = noise(200, 4).numpy()
+    # Its own rule for centres with few rows is switched off; ours moves only those that never got one.
+    theirs = cluster.MiniBatchKMeans(5, init=x[:5], n_init=1, reassignment_ratio=0)
+    ours = KMeans(5, init=x[:5])
+    for batch, weights in zip(np.split(x, 8), np.split(np.linspace(0.5, 3, 200), 8), strict=True):
+        chosen = weights if weighted else None
+        theirs.partial_fit(batch, sample_weight=chosen)
+        ours.partial_fit(batch, sample_weight=chosen)
+        np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, rtol=1e-9)
+        np.testing.assert_array_equal(ours.labels_, ours.predict(batch))
+    new = noise(50, 4, seed=1).numpy()
+    np.testing.assert_array_equal(ours.predict(new), theirs.predict(new))
+    np.testing.assert_allclose(ours.score(new), theirs.score(new), rtol=1e-9)
+
+
 def test_pipelines_and_grid_searches_take_it() -> None:
     pytest.importorskip("sklearn")
     from sklearn.model_selection import GridSearchCV
