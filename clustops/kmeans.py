@@ -17,7 +17,7 @@ from .kmeans_init import plus_plus, random_rows
 from .kmeans_lloyd import Fit, Report, expand_tolerance, leading, lloyd
 from .kmeans_repair import Settled, settle
 from .kmeans_rows import Rows
-from .kmeans_source import Reader
+from .kmeans_source import Reader, bar
 from .kmeans_steps import cluster_means, kmeans_assign, kmeans_plus_plus, repair_empty_clusters
 from .reference.kmeans import KMeansProgress, KMeansResult
 from .reference.kmeans_ops import unit_rows
@@ -91,7 +91,7 @@ def kmeans(
             returned are those of this rank, which may have no row. Ranks agree on the other arguments.
         callback: called after each iteration with a ``KMeansProgress``, of the restart with the lowest
             inertia.
-        progress: show a tqdm bar.
+        progress: show a tqdm bar of the iterations, and one for each pass over chunks that is long.
 
     Returns:
         ``KMeansResult`` of the kind of array that ``x`` is (tensors where that is no array), on ``device``.
@@ -124,7 +124,7 @@ def kmeans(
     data = arguments.rows_of(x)
     _check_options(k, metric, init, n_init, max_iter, tol, empty, precision, seed, group)
     start = None if isinstance(init, str) else arguments.centroids_of(init, data, "init", k)
-    rows = _rows(data, k, weights, lengths, start, metric, precision, device, group)
+    rows = _rows(data, k, weights, lengths, start, metric, precision, device, group, progress)
     restarts = n_init if start is None else 1
     if start is not None:
         centroids = arguments.batched(start, 3).to(rows.device, rows.dtype, copy=True)
@@ -163,6 +163,7 @@ def _rows(
     precision: str | None,
     device: torch.device | str | None,
     group: Group,
+    progress: bool,
 ) -> Rows:
     weights = arguments.weights_of(weights, data, group)
     lengths = arguments.lengths_of(lengths, data, k, group)
@@ -180,6 +181,7 @@ def _rows(
         precision=precision,
         device=None if device is None else torch.device(device),
         group=group,
+        progress=progress and rank(group) == 0,
     )
     arguments.check_k(k, rows.n_total)
     return rows
@@ -266,7 +268,7 @@ class _Reports:
         max_iter: int,
     ) -> None:
         self.rows, self.single, self.kind, self.callback = rows, single, kind, callback
-        self.bar = _bar(max_iter) if progress and rank(rows.group) == 0 else None
+        self.bar = bar(None, "k-means", max_iter) if progress and rank(rows.group) == 0 else None
         self.wanted = callback is not None or progress
 
     def __enter__(self) -> Report | None:
@@ -288,11 +290,3 @@ class _Reports:
                     best.iteration, *(self.kind(t.squeeze(0) if self.single else t) for t in values)
                 )
             )
-
-
-def _bar(max_iter: int) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm; install it: pip install 'clustops[demo]'") from error
-    return tqdm(total=max_iter, desc="k-means")

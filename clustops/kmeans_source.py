@@ -6,7 +6,7 @@ They come in chunks, so that no more than a few chunks of what is not in memory 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from .reference.kmeans_ops import accumulator, unit_rows
 _CHUNK = 1 << 24  # numbers in one chunk of rows in memory that must be copied
 _READ = 1 << 22  # numbers read at a time
 _BLOCK = 1 << 15  # numbers normalised at a time
+_PATIENCE = 1.0  # seconds until a pass gets a bar
 
 
 class Reader:
@@ -86,6 +87,7 @@ class Source:
         metric: str = "l2",
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        progress: bool = False,
     ) -> None:
         """Reads nothing yet.
 
@@ -94,9 +96,10 @@ class Source:
             metric: ``"cosine"`` normalises the rows.
             device: where they are used; default: where they lie.
             dtype: in which they are used; default: fp64 for fp64, fp32 for everything else.
+            progress: show a bar for each pass of several chunks that takes more than a second.
         """
         self.x = x if isinstance(x, Reader) or x.ndim == 3 else x.unsqueeze(0)
-        self.metric = metric
+        self.metric, self.progress = metric, progress
         self.name = x.name if isinstance(x, Reader) else "x"
         self.device = x.device if device is None else device
         self.dtype = accumulator(x.dtype) if dtype is None else dtype
@@ -124,7 +127,11 @@ class Source:
             parts = (rows_in_memory[:, rows] for rows in slices)
         if self.device.type == "cuda" and self.x.device.type == "cpu":
             parts = _staged(parts, self.device)
-        for rows, part in zip(slices, parts, strict=True):
+        pairs = zip(slices, parts, strict=True)
+        watched = self.progress and len(slices) > 1
+        for rows, part in (
+            bar(pairs, "chunks", len(slices), leave=False, delay=_PATIENCE) if watched else pairs
+        ):
             yield rows, self._prepare(part)
 
     def at_once(self) -> Tensor | None:
@@ -193,6 +200,15 @@ def read_ahead(read: Callable[[slice], Tensor], slices: list[slice]) -> Iterator
             ahead = thread.submit(read, following)
             yield part
         yield ahead.result()
+
+
+def bar(iterable: Iterable[Any] | None, name: str, total: int, **options: Any) -> Any:
+    """A tqdm bar over ``iterable``."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm; install it: pip install 'clustops[demo]'") from error
+    return tqdm(iterable, desc=name, total=total, **options)
 
 
 def _torch_dtype(dtype: Any, name: str) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,30 @@ def test_no_thread_is_made_for_one_chunk() -> None:
             return super().__getitem__(index)
 
     kmeans(Here(normal(0, 50, 4)), 3)
+
+
+# --- progress
+
+
+class Slow(Sliced):
+    """Slices that take their time."""
+
+    def __getitem__(self, index: slice) -> Any:
+        time.sleep(0.03)
+        return super().__getitem__(index)
+
+
+def test_progress_shows_a_long_pass_and_only_that(
+    small_reads: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kmeans_source, "_PATIENCE", 0.1)
+    x = normal(0, 50, 4)
+    options: dict[str, Any] = {"init": x[:3], "max_iter": 1, "tol": 0}
+    kmeans(Slow(x), 3, **options)
+    kmeans(Slow(x[:5]), 3, progress=True, **options)
+    assert "chunks" not in capfd.readouterr().err
+    kmeans(Slow(x), 3, progress=True, **options)
+    assert "chunks" in capfd.readouterr().err
 
 
 # --- bad input
