@@ -35,6 +35,7 @@ constexpr int64_t kSample = 256;             // centroids from which directions 
 constexpr int kRounds = 3;                   // of the power iteration for each
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kTooLarge = 0x1p120f;        // for a square: sums of products might overflow
 
 // Relative rounding of a sum of n fp32 terms, whatever their order and the direction of rounding.
 float rounding(int64_t n) { return static_cast<float>(n) * 0x1p-23f; }
@@ -261,7 +262,7 @@ void find_directions(const KMeansAssign& a, const Layout& layout, int64_t b, flo
   const auto add = [&](float factor, const float* u, float* v) {
     for (int64_t d = 0; d < padded; d += 16) fma(Vec::set1(factor), Vec::load(u + d), Vec::load(v + d)).store(v + d);
   };
-  double energy[kDirections + 1] = {};
+  double energy[kDirections + 1] = {}, taken = 0;
   for (int64_t i = 0; i < count; ++i) {
     const T* c = a.centroid<T>(b, i * a.clusters / count);
     for (int64_t d = 0; d < padded; d += 16) Vec{shifted(c, base, d, a.features)}.store(left + i * padded + d);
@@ -286,7 +287,14 @@ void find_directions(const KMeansAssign& a, const Layout& layout, int64_t b, flo
       std::copy(sum, sum + padded, direction);
     }
     if (!orthonormal(base + layout.directions, m, padded)) break;
-    for (int64_t i = 0; i < count; ++i) add(-dot(left + i * padded, direction), direction, left + i * padded);
+    double carried = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float coefficient = dot(left + i * padded, direction);
+      carried += static_cast<double>(coefficient) * coefficient;
+      add(-coefficient, direction, left + i * padded);
+    }
+    taken += carried;
+    if (taken + (kDirections - 1 - m) * carried < 0.5 * energy[0]) break;  // the others carry no more than this one
     if (m + 1 == kDirections) base[layout.used] = 1;
   }
   if (!(energy[kDirections] < 0.5 * energy[0])) base[layout.used] = 0;
@@ -311,7 +319,7 @@ void pack_group(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t 
       bound[0] = std::max(bound[0], norms.residual);
       bound[1] = std::max(bound[1], norms.rest);
       bound[2] = std::max(bound[2], (2 * sums + frame.slack()) * norms.norm);
-      bound[3] = std::max(bound[3], 2 * sums * half_norm);
+      bound[3] = std::max(bound[3], norms.square < kTooLarge ? 2 * sums * half_norm : kInfinity);
     }
     std::fill_n(half_norms + j * kSide, kSide, half_norm);
   }
@@ -349,7 +357,7 @@ void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign
     state.norm[r] = norms.norm;
     state.rest[r] = norms.rest + norms.residual;
     state.residual[r] = norms.residual;
-    state.upper[r] = r < count && std::isfinite(norms.square) ? kInfinity : -kInfinity;
+    state.upper[r] = r < count && norms.square < kTooLarge ? kInfinity : -kInfinity;
     state.nearest[r] = {a.clusters, std::numeric_limits<T>::infinity()};
   }
   for (int64_t s = 0; s < frame.steps; ++s) transpose(rounded + s * kStep, frame.padded, packed + s * 2 * kTile);
