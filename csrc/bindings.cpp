@@ -281,6 +281,25 @@ void bind_kmeans_iterate_cuda(py::module_& m) {
             reinterpret_cast<void*>(stream));
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "kmeans_members_cuda",
+      [](const Tensor& score, const Tensor& labels, const Tensor& weights, const Tensor& best,
+         const std::optional<Tensor>& places, int64_t offset, bool last, uintptr_t stream) {
+        cuda::kmeans_members(clustops::kmeans_members_arguments(score, labels, weights, best,
+                                                                places ? &*places : nullptr, offset, last, Device::cuda),
+                             reinterpret_cast<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "kmeans_split_cuda",
+      [](const Tensor& means, const Tensor& farthest, const Tensor& counts, const Tensor& centroids,
+         const Tensor& child, const Tensor& tickets, uint64_t seed, int64_t restarts, int64_t iteration,
+         uintptr_t stream) {
+        cuda::kmeans_split(clustops::kmeans_split_arguments(means, farthest, counts, centroids, child, tickets, seed,
+                                                            restarts, iteration, Device::cuda),
+                           reinterpret_cast<void*>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_kmeans_seeding_cuda(py::module_& m) {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clustops.reference import kmeans_ops as ops
 from clustops.reference import kmeans_seeding as seeding
+from clustops.reference import kmeans_split as splitting
 from clustops.reference.kmeans_iterate import iterate
 
 TESTS = Path(__file__).parent
@@ -42,7 +43,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu", "kmeans_tiny.cu"]
+SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu", "kmeans_split.cu", "kmeans_tiny.cu"]
 
 
 def bytes_of(tensor: Tensor) -> bytes:
@@ -462,3 +463,59 @@ def test_iterations_on_the_sphere_agree_up_to_the_rounding_of_a_norm(
     expected = iterate(x, centroids, weights, grid_of(x, weights), 2, True, empty, seed)
     torch.testing.assert_close(found.take(torch.float32, 1, k, d), expected[0], rtol=1e-6, atol=1e-6)
     assert_bits(found.take(torch.int64, 1, n), expected[1])
+
+
+@few
+@given(
+    b=st.integers(0, 2),
+    n=st.sampled_from([0, 1, 300]),
+    k=st.sampled_from([1, 5, 40]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    last=st.booleans(),
+    order=orders,
+    seed=seeds,
+)
+def test_extreme_members_are_the_reference_s(
+    program: Path, b: int, n: int, k: int, dtype: torch.dtype, last: bool, order: int, seed: int
+) -> None:
+    labels = labels_of(b, n, k, seed)
+    _, weights = draw(b, n, 1, torch.float32, seed)
+    score = torch.randint(-3, 4, (b, n), generator=generator(seed)).to(dtype) / 3
+    sizes = [b, n, k, 1000, int(last)]
+    found = Results(program, "members", order, dtype, sizes, score, labels, weights)
+    best = splitting.highest(score, labels, weights, k)
+    assert_bits(found.take(dtype, b, k), best)
+    assert_bits(found.take(torch.int64, b, k), splitting.places(score, labels, weights, best, 1000, last))
+
+
+@few
+@given(
+    problems=st.integers(0, 2),
+    restarts=st.integers(1, 2),
+    k=st.sampled_from([1, 2, 40, 300]),
+    d=st.sampled_from([1, 5, 40]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    offset=st.sampled_from([0.0, 1e6]),
+    order=orders,
+    seed=st.integers(0, 2**62),
+)
+def test_splits_are_the_reference_s_bit_for_bit(
+    program: Path,
+    problems: int,
+    restarts: int,
+    k: int,
+    d: int,
+    dtype: torch.dtype,
+    offset: float,
+    order: int,
+    seed: int,
+) -> None:
+    e, g = problems * restarts, generator(seed % 2**31)
+    means = (torch.randn(e, k, d, generator=g) + offset).to(dtype)
+    equal = torch.randint(0, 3, (e, k, 1), generator=g) == 0
+    farthest = torch.where(equal, means, (means + torch.randn(e, k, d, generator=g)).to(dtype))
+    counts = torch.randint(0, 4, (e, k), generator=g)
+    found = Results(program, "split", order, dtype, [e, k, d, restarts, 7, seed], means, farthest, counts)
+    centroids, child = splitting.split(means, farthest, counts, seed, restarts, 7)
+    assert_bits(found.take(dtype, e, k, d), centroids)
+    assert_bits(found.take(torch.int64, e, k), child)

@@ -65,16 +65,19 @@ register(
     "kmeans_highest(Tensor score, Tensor labels, Tensor weights, SymInt k) -> Tensor",
     reference=kmeans_split.highest,
     fake=_fake_highest,
+    cuda=cuda.highest if _cuda else None,
 )
 register(
     "kmeans_places(Tensor score, Tensor labels, Tensor weights, Tensor best, SymInt offset, bool last) "
     "-> Tensor",
     reference=kmeans_split.places,
     fake=_fake_places,
+    cuda=cuda.places if _cuda else None,
 )
 register(
     "kmeans_split(Tensor means, Tensor farthest, Tensor counts, int seed, int restarts, int iteration) "
     "-> (Tensor centroids, Tensor child)",
     reference=kmeans_split.split,
     fake=_fake_split,
+    cuda=cuda.split if _cuda else None,
 )

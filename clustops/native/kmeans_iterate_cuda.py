@@ -46,3 +46,49 @@ def iterate(
             *(view(t) for t in given), iterations, cosine, split, seed & (2**64 - 1), stream
         )
     return result, labels, repaired, still
+
+
+def highest(score: Tensor, labels: Tensor, weights: Tensor, k: int) -> Tensor:
+    """``clustops::kmeans_highest``."""
+    best = score.new_empty((score.shape[0], k))
+    _members(score, labels, weights, best, None, 0, False)
+    return best
+
+
+def places(score: Tensor, labels: Tensor, weights: Tensor, best: Tensor, offset: int, last: bool) -> Tensor:
+    """``clustops::kmeans_places``."""
+    result = best.new_empty(best.shape, dtype=torch.int64)
+    _members(score, labels, weights, best.contiguous(), result, offset, last)
+    return result
+
+
+def _members(
+    score: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    best: Tensor,
+    result: Tensor | None,
+    offset: int,
+    last: bool,
+) -> None:
+    given = (score.contiguous(), labels.contiguous(), weights, best)
+    with torch.cuda.device(score.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        found = None if result is None else view(result)
+        extension.kmeans_members_cuda(*(view(t) for t in given), found, offset, last, stream)
+
+
+def split(
+    means: Tensor, farthest: Tensor, counts: Tensor, seed: int, restarts: int, iteration: int
+) -> tuple[Tensor, Tensor]:
+    """``clustops::kmeans_split``."""
+    counts = counts.contiguous()
+    centroids = means.new_empty(means.shape)
+    child, tickets = torch.empty_like(counts), torch.empty_like(counts)
+    given = (means.contiguous(), farthest.contiguous(), counts, centroids, child, tickets)
+    with torch.cuda.device(means.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        extension.kmeans_split_cuda(
+            *(view(t) for t in given), seed & (2**64 - 1), restarts, iteration, stream
+        )
+    return centroids, child

@@ -55,7 +55,7 @@ def split(
 def replace(centroids: Tensor, cluster: Tensor, new: Tensor) -> Tensor:
     """``centroids [E, K, D]`` with ``new [E, m, D]`` at ``cluster [E, m]``; an entry of K goes nowhere."""
     padded = torch.nn.functional.pad(centroids, (0, 0, 0, 1))
-    return padded.scatter(1, cluster.unsqueeze(-1).expand_as(new), new)[:, :-1]
+    return padded.scatter(1, cluster.unsqueeze(-1).expand_as(new), new)[:, :-1].contiguous()
 
 
 def highest(score: Tensor, labels: Tensor, weights: Tensor, k: int) -> Tensor:

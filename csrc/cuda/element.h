@@ -62,11 +62,15 @@ void with_element(DType dtype, const Use& use) {
 inline double mul(double a, double b) { return a * b; }
 inline float mul(float a, float b) { return a * b; }
 inline float sub(float a, float b) { return a - b; }
+inline double sub(double a, double b) { return a - b; }
+inline double add(double a, double b) { return a + b; }
 inline float add(float a, float b) { return a + b; }
 #else
 __device__ inline double mul(double a, double b) { return __dmul_rn(a, b); }
 __device__ inline float mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline float sub(float a, float b) { return __fsub_rn(a, b); }
+__device__ inline double sub(double a, double b) { return __dsub_rn(a, b); }
+__device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 #endif
 

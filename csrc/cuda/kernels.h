@@ -4,6 +4,7 @@
 #include "../common/kmeans_cuda.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
+#include "../common/kmeans_split.h"
 #include "../common/kmeans_update.h"
 
 namespace clustops::cuda {
@@ -15,6 +16,8 @@ void kmeans_counts(const KMeansCounts& problem, void* stream);
 void kmeans_means(const KMeansMeans& problem, void* stream);
 void kmeans_iterate(const KMeansIterate& problem, void* stream);
 bool kmeans_iterate_fits(int64_t rows, int64_t features, int64_t clusters, DType dtype);  // on the current device
+void kmeans_members(const KMeansMembers& problem, void* stream);
+void kmeans_split(const KMeansSplit& problem, void* stream);
 void kmeans_potentials(const KMeansPotentials& problem, void* stream);
 void kmeans_closest(const KMeansClosest& problem, void* stream);
 void kmeans_seed(const KMeansSeed& problem, void* stream);

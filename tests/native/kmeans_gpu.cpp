@@ -130,6 +130,34 @@ void seed(DType dtype, const int64_t* size) {
   chosen.write();
 }
 
+void members(DType dtype, const int64_t* size) {
+  const int64_t b = size[0], n = size[1], k = size[2], offset = size[3], last = size[4];
+  auto score = Array<char>::read(b * n * size_of(dtype));
+  auto labels = Array<int64_t>::read(b * n);
+  auto weights = Array<double>::read(b * n);
+  auto best = Array<char>::room(b * k * size_of(dtype));
+  auto places = Array<int64_t>::room(b * k);
+  KMeansMembers a{score.data(), labels.data(), weights.data(), best.data(), nullptr, b,     n,
+                  k,            n,             1,              offset,      last != 0,       dtype};
+  cuda::kmeans_members(a, nullptr);
+  a.places = places.data();
+  if (b * k > 0) cuda::kmeans_members(a, nullptr);
+  best.write();
+  places.write();
+}
+
+void split(DType dtype, const int64_t* size) {
+  const int64_t e = size[0], k = size[1], d = size[2];
+  auto means = Array<char>::read(e * k * d * size_of(dtype)), farthest = Array<char>::read(e * k * d * size_of(dtype));
+  auto counts = Array<int64_t>::read(e * k), child = Array<int64_t>::room(e * k), tickets = Array<int64_t>::room(e * k);
+  auto centroids = Array<char>::room(e * k * d * size_of(dtype));
+  cuda::kmeans_split({means.data(), farthest.data(), counts.data(), centroids.data(), child.data(), tickets.data(), e, k,
+                      d, size[3], size[4], static_cast<uint64_t>(size[5]), dtype},
+                     nullptr);
+  centroids.write();
+  child.write();
+}
+
 void iterate(DType dtype, const int64_t* size) {
   const int64_t b = size[0], n = size[1], d = size[2], e = size[3], k = size[4];
   auto x = Array<char>::read(b * n * d * size_of(dtype));
@@ -160,6 +188,8 @@ int main(int count, char** arguments) {
   if (operation == "means") means(dtype, size.data());
   if (operation == "potentials") potentials(dtype, size.data());
   if (operation == "closest") closest(dtype, size.data());
+  if (operation == "members") members(dtype, size.data());
+  if (operation == "split") split(dtype, size.data());
   if (operation == "iterate") iterate(dtype, size.data());
   if (operation == "seed") seed(dtype, size.data());
 }
