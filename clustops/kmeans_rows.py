@@ -63,17 +63,16 @@ class Rows:
         metric: str = "l2",
         precision: str | None = None,
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
         group: Group = None,
         progress: bool = False,
     ) -> None:
         """Read the rows once for their bounds.
 
         Args:
-            x, metric, device, dtype, progress: as in ``Source``.
+            x, metric, device, progress: as in ``Source``.
             weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
         """
-        self.source = source = Source(x, metric=metric, device=device, dtype=dtype, progress=progress)
+        self.source = source = Source(x, metric=metric, device=device, progress=progress)
         self.metric, self.precision, self.group = metric, precision, group
         self.device, self.dtype = source.device, source.dtype
         self.batch, self.n, self.d = source.batch, source.n, source.d

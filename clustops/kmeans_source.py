@@ -78,7 +78,7 @@ def is_read(x: Any) -> bool:
 
 
 class Source:
-    """The rows of ``B`` problems on their way to the device on which they are used."""
+    """The rows of ``B`` problems on their way to where they are used, in fp32 (fp64 for fp64)."""
 
     def __init__(
         self,
@@ -86,7 +86,6 @@ class Source:
         *,
         metric: str = "l2",
         device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> None:
         """Reads nothing yet.
@@ -95,14 +94,13 @@ class Source:
             x: ``[B, N, D]``, or ``[N, D]`` for one problem.
             metric: ``"cosine"`` normalises the rows.
             device: where they are used; default: where they lie.
-            dtype: in which they are used; default: fp64 for fp64, fp32 for everything else.
             progress: show a bar for each pass of several chunks that takes more than a second.
         """
         self.x = x if isinstance(x, Reader) or x.ndim == 3 else x.unsqueeze(0)
         self.metric, self.progress = metric, progress
         self.name = x.name if isinstance(x, Reader) else "x"
         self.device = x.device if device is None else device
-        self.dtype = accumulator(x.dtype) if dtype is None else dtype
+        self.dtype = accumulator(x.dtype)
         shape: tuple[int, ...] = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
         self.batch, self.n, self.d = shape
 

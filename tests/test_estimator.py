@@ -341,6 +341,16 @@ def test_batches_move_centres_as_one_row_after_the_other_does(sizes: list[int], 
     torch.testing.assert_close(model.cluster_centers_, sculley(batches, start))
 
 
+def test_centres_of_float32_batches_are_kept_in_float64() -> None:
+    batches = [noise(20, 2, seed=seed).float() for seed in range(3)]
+    model = KMeans(3, init=batches[0][:3])
+    for batch in batches:
+        model.partial_fit(batch)
+    expected = sculley(batches, batches[0][:3])
+    torch.testing.assert_close(model._centres, expected, rtol=1e-14, atol=1e-14)
+    assert torch.equal(model.cluster_centers_, model._centres.float())
+
+
 def test_one_batch_is_one_step_from_the_start() -> None:
     x = noise()
     model = KMeans(5).partial_fit(x)

@@ -183,13 +183,16 @@ def test_an_hdf5_data_set_is_a_source(tmp_path: Path, small_reads: None) -> None
 # --- few reads, little memory
 
 
-def test_no_pass_is_made_for_checks_alone(small_reads: None) -> None:
+def test_no_pass_is_made_for_checks_alone(small_reads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimator_input, "_SMALL", 0)
     x = normal(0, 50, 4)
     for passes, call in [
         (1, lambda rows: kmeans_assign(rows, x[:3])),
         (2, lambda rows: cluster_means(rows, torch.arange(50) % 3, 3)),
         # Bounds, two iterations, and the labels of the centroids returned.
         (4, lambda rows: kmeans(rows, 3, init=x[:3], max_iter=2, tol=0)),
+        # Bounds, the step, and the labels after it.
+        (3, lambda rows: KMeans(3, init=x[:3]).fit(x).partial_fit(rows)),
     ]:
         rows = Sliced(x)
         call(rows)

@@ -145,7 +145,8 @@ class KMeans:
         Raises:
             TypeError, ValueError: a parameter or an argument is not as documented.
 
-        Cost: two assignments of the batch. Memory: O(N + K D) and a few chunks beside the batch.
+        Cost: two assignments of the batch, which is read three times. Memory beside the batch: O(N + K D)
+        and a few chunks.
         """
         first = not hasattr(self, "_centres")
         rows, weights = self._input(X, sample_weight, fitting=first)

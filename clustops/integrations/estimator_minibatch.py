@@ -31,11 +31,11 @@ def learn(
     Args:
         x: ``[N, D]``. weights: ``[N]``. centres: fp64 ``[K, D]``. mass: fp64 ``[K]``.
     """
-    labels, _ = nearest(x, centres, 1, metric=metric, precision=precision)
-    rows = _in_fp64(x, weights, centres, metric)
-    total = rows.sum_labels(labels.T, len(centres))
-    batch = total[0, :, :, -1].sum(0)
-    means, _ = (t[0] for t in torch.ops.clustops.kmeans_means(total, centres.unsqueeze(0)))
+    weights = None if weights is None else weights.unsqueeze(0)
+    rows = Rows(x, weights, None, metric=metric, precision=precision, device=centres.device)
+    sums = rows.assign_and_sum(centres.to(rows.dtype).unsqueeze(0)).sums
+    batch = sums[0, :, :, -1].sum(0)
+    means, _ = (t[0] for t in torch.ops.clustops.kmeans_means(sums, centres.unsqueeze(0)))
     mass = mass + batch
     moved = centres + (means - centres) * (batch / mass.where(mass > 0, 1.0)).unsqueeze(1)
     if metric == "cosine":
@@ -62,18 +62,13 @@ def mass_of(labels: Tensor, weights: Tensor | None, k: int) -> Tensor:
     return rows.sum_labels(labels.unsqueeze(0), k)[0, :, :, -1].sum(0)
 
 
-def _in_fp64(x: Tensor | Reader, weights: Tensor | None, centres: Tensor, metric: str) -> Rows:
-    weights = None if weights is None else weights.unsqueeze(0)
-    return Rows(x, weights, None, metric=metric, device=centres.device, dtype=torch.float64)
-
-
 def _reseeded(rows: Rows, centres: Tensor, mass: Tensor) -> Tensor:
     """``centres``, those that no row was ever given moved to the rows farthest from all others."""
     idle = (mass == 0).nonzero()[:, 0].tolist()
     if not idle:
         return centres
     centres = centres.clone()
-    _, distances = rows.assign(centres[mass > 0].unsqueeze(0))
+    _, distances = rows.assign(centres[mass > 0].to(rows.dtype).unsqueeze(0))
     distances = distances.where(rows.weights > 0, 0.0)
     for cluster in idle:
         farthest = distances.argmax(1, keepdim=True)
