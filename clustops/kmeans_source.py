@@ -167,7 +167,8 @@ class Source:
         return [slice(start, min(start + size, self.n)) for start in range(0, max(1, self.n), size)]
 
     def _prepare(self, part: Tensor) -> Tensor:
-        part = part.to(self.device, self.dtype, non_blocking=True)
+        # A copy to the host would be read before it has ended.
+        part = part.to(self.device, self.dtype, non_blocking=self.device.type != "cpu")
         return _normalised(part) if self.metric == "cosine" else part
 
 

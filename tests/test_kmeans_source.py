@@ -441,3 +441,13 @@ def test_rows_on_the_host_pass_a_gpu_in_two_buffers(monkeypatch: pytest.MonkeyPa
     found = kmeans(x, 10, device="cuda", init=x[:10], max_iter=2)
     assert torch.cuda.max_memory_allocated() - before < 16e6
     assert torch.equal(found.labels.cpu(), kmeans(x.cuda(), 10, init=x[:10].cuda(), max_iter=2).labels.cpu())
+
+
+@pytest.mark.cuda
+def test_rows_on_a_gpu_may_be_clustered_on_the_host() -> None:
+    x = normal(0, 100_000, 64)
+    there = x.cuda()
+    for _ in range(4):
+        torch.cuda._sleep(10_000_000)
+        found = kmeans(there, 5, device="cpu", init=x[:5], max_iter=1)
+        assert torch.equal(found.labels, kmeans(x, 5, init=x[:5], max_iter=1).labels)
