@@ -19,6 +19,12 @@ const T* row_as(const KMeansRows& rows, int64_t b, int64_t n, int64_t first, int
   return rows.row<T>(b, n) + first;
 }
 
+inline int64_t size_of(DType dtype) { return is_half(dtype) ? 2 : dtype == DType::f64 ? 8 : 4; }
+
+inline const char* bytes_of(const KMeansRows& rows, int64_t b, int64_t n) {
+  return static_cast<const char*>(rows.x) + (b * rows.problem_stride + n * rows.row_stride) * size_of(rows.dtype);
+}
+
 // work(T()) with the type in which kernels compute.
 template <class Work>
 void with_wide(DType dtype, const Work& work) {

@@ -21,6 +21,8 @@ namespace {
 constexpr int64_t kBlock = 1024;
 // Rows that stay in the level 1 cache while candidates pass over them.
 constexpr int64_t kTile = 16;
+// How far ahead memory is asked for: the time it takes to come, and not more than a core may have on its way.
+constexpr int64_t kAheadBytes = 4096;
 // Candidates whose distances to a row are computed at once.
 constexpr int kGroup = 8;
 
@@ -35,75 +37,170 @@ int64_t to_integer(double value, double weight, double scale) {
   return weight > 0 ? round_to_integer(value * weight * scale) : 0;
 }
 
+template <class T>
+constexpr int64_t kWidth = VecFor<T>::type::kWidth;
+
+template <class T>
+int64_t padded(int64_t features) {
+  return divide_up(features, kWidth<T>) * kWidth<T>;
+}
+
+// Candidates as they are read: for each group of kGroup, vector after vector, those of all its candidates.
+template <class T>
+void pack(const T* candidates, int64_t count, int64_t features, T* packed) {
+  for (int64_t t0 = 0; t0 < count; t0 += kGroup) {
+    const int64_t group = std::min<int64_t>(kGroup, count - t0);
+    for (int64_t d = 0; d < padded<T>(features); ++d) {
+      const int64_t at = d / kWidth<T> * group * kWidth<T> + d % kWidth<T>;
+      for (int64_t t = 0; t < group; ++t) {
+        packed[at + t * kWidth<T>] = d < features ? candidates[(t0 + t) * features + d] : T(0);
+      }
+    }
+    packed += group * padded<T>(features);
+  }
+}
+
+// Adds up the lanes of each vector, in the order in which reduce_add does; a bit for each sum below `limit`.
+template <int kCount, class V, class T>
+inline uint32_t add_lanes(const V (&sums)[kCount], T limit, T* result) {
+  uint32_t below = 0;
+#if defined(__AVX2__)
+  if constexpr (kCount > 1 && sizeof(T) == sizeof(float)) {
+    const auto quarter = [](Vec a) {
+#if defined(__AVX512F__)
+      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+      const __m256 half = a.v;
+#endif
+      return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    };
+    for (int t = 0; t < kCount; t += 4) {
+      const auto lanes_of = [&](int j) { return t + j < kCount ? quarter(sums[t + j]) : _mm_setzero_ps(); };
+      const __m128 a = lanes_of(0), b = lanes_of(1), c = lanes_of(2), e = lanes_of(3);
+      const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+      const __m128 ce = _mm_add_ps(_mm_unpacklo_ps(c, e), _mm_unpackhi_ps(c, e));
+      const __m128 sum = _mm_add_ps(_mm_movelh_ps(ab, ce), _mm_movehl_ps(ce, ab));
+      _mm_storeu_ps(result + t, sum);
+      below |= static_cast<uint32_t>(_mm_movemask_ps(_mm_cmplt_ps(sum, _mm_set1_ps(limit)))) << t;
+    }
+    return below & ((1u << kCount) - 1);
+  }
+#endif
+  for (int t = 0; t < kCount; ++t) {
+    result[t] = reduce_add(sums[t]);
+    below |= static_cast<uint32_t>(result[t] < limit) << t;
+  }
+  return below;
+}
+
+// ||x - c||^2 for each of kCount packed candidates, with room for kGroup of them; a bit for each below `limit`.
 template <int kCount, class T>
-void distances_to(const T* x, const T* candidates, int64_t features, T* distances) {
-  const T* at[kCount];
-  T found[kCount];
-  for (int t = 0; t < kCount; ++t) at[t] = candidates + t * features;
-  squared_distances(x, at, features, found);
-  std::copy(found, found + kCount, distances);
+inline uint32_t distances_to(const T* x, const T* packed, int64_t features, T limit, T* distances) {
+  using V = typename VecFor<T>::type;
+  V sum[kCount];
+  for (int t = 0; t < kCount; ++t) sum[t] = V::set1(0);
+  int64_t d = 0;
+  for (; d + V::kWidth <= features; d += V::kWidth, packed += kCount * V::kWidth) {
+    const V row = V::load(x + d);
+    for (int t = 0; t < kCount; ++t) {
+      const V e = row - V::load(packed + t * V::kWidth);
+      sum[t] = fma(e, e, sum[t]);
+    }
+  }
+  if (d < features) {
+    const V row = V::load_first(x + d, features - d);
+    for (int t = 0; t < kCount; ++t) {
+      const V e = row - V::load(packed + t * V::kWidth);
+      sum[t] = fma(e, e, sum[t]);
+    }
+  }
+  return add_lanes(sum, limit, distances);
+}
+
+// Rows of one tile, and what is found of them.
+template <class T>
+struct Tile {
+  int64_t count;
+  const char* ahead[kTile];  // rows that come later
+  int64_t ahead_bytes;
+  const T* row[kTile];
+  uint32_t improves[kTile];
+  T distances[kTile][kMaxTrials];
+};
+
+// Compares a tile's rows with kCount candidates from t on: a bit where one is below `closest`, and the distances there.
+template <int kCount, class T>
+void compare(Tile<T>& tile, const T* packed, int64_t features, const T* closest, int64_t t) {
+  for (int64_t i = 0; i < tile.count; ++i) {
+    for (int64_t byte = 0; t == 0 && byte < tile.ahead_bytes; byte += 64) __builtin_prefetch(tile.ahead[i] + byte);
+    T distances[kGroup];
+    const uint32_t below = distances_to<kCount>(tile.row[i], packed, features, closest[i], distances);
+    if (below == 0) continue;
+    tile.improves[i] |= below << t;
+    std::copy(distances, distances + kCount, tile.distances[i] + t);
+  }
 }
 
 template <class T>
-using Distances = void (*)(const T* x, const T* candidates, int64_t features, T* distances);
+using Compare = void (*)(Tile<T>& tile, const T* packed, int64_t features, const T* closest, int64_t t);
 
 template <class T>
-Distances<T> distances_for(int64_t count) {
-  static constexpr Distances<T> functions[kGroup] = {distances_to<1, T>, distances_to<2, T>, distances_to<3, T>,
-                                                     distances_to<4, T>, distances_to<5, T>, distances_to<6, T>,
-                                                     distances_to<7, T>, distances_to<8, T>};
+Compare<T> compare_for(int64_t count) {
+  static constexpr Compare<T> functions[kGroup] = {compare<1, T>, compare<2, T>, compare<3, T>, compare<4, T>,
+                                                   compare<5, T>, compare<6, T>, compare<7, T>, compare<8, T>};
   return functions[count - 1];
 }
 
 // Adds to gains[t] how much the integer potential of rows [first, end) falls with candidate t, and notes whose it is.
 template <class T>
-void weigh(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* candidates, int64_t trials,
+void weigh(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* packed, int64_t trials,
            const T* closest, Weights weights, double scale, int64_t* gains, int32_t* improves) {
   std::vector<T> wide(is_half(rows.dtype) ? kTile * rows.features : 0);
-  T distances[kTile][kMaxTrials];
+  const int64_t row_bytes = std::max<int64_t>(1, rows.features * size_of(rows.dtype));
+  const int64_t ahead = divide_up(kAheadBytes, row_bytes);
+  Tile<T> tile;
+  tile.ahead_bytes = row_bytes;
   for (int64_t n0 = first; n0 < end; n0 += kTile) {
-    const int64_t count = std::min(kTile, end - n0);
-    const T* x[kTile];
-    for (int64_t i = 0; i < count; ++i) {
-      x[i] = row_as<T>(rows, b, n0 + i, 0, rows.features, wide.data() + (wide.empty() ? 0 : i * rows.features));
+    tile.count = std::min(kTile, end - n0);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      T* room = wide.empty() ? nullptr : wide.data() + i * rows.features;
+      tile.row[i] = row_as<T>(rows, b, n0 + i, 0, rows.features, room);
+      tile.improves[i] = 0;
+      tile.ahead[i] = bytes_of(rows, b, std::min(n0 + i + ahead, rows.rows - 1));
     }
     for (int64_t t = 0; t < trials; t += kGroup) {
-      const Distances<T> distances_of = distances_for<T>(std::min<int64_t>(kGroup, trials - t));
-      for (int64_t i = 0; i < count; ++i) {
-        distances_of(x[i], candidates + t * rows.features, rows.features, &distances[i][t]);
-      }
+      const T* group = packed + t * padded<T>(rows.features);
+      compare_for<T>(std::min<int64_t>(kGroup, trials - t))(tile, group, rows.features, closest + n0, t);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const T before = closest[n0 + i];
-      uint32_t mask = 0;
-      for (int64_t t = 0; t < trials; ++t) mask |= static_cast<uint32_t>(distances[i][t] < before) << t;
+    for (int64_t i = 0; i < tile.count; ++i) {
+      uint32_t mask = tile.improves[i];
       improves[n0 + i] = static_cast<int32_t>(mask);
       if (mask == 0) continue;
       const double weight = weights[n0 + i];
-      const int64_t whole = to_integer(before, weight, scale);
+      const int64_t whole = to_integer(closest[n0 + i], weight, scale);
       for (; mask; mask &= mask - 1) {
         const int t = __builtin_ctz(mask);
-        gains[t] += whole - to_integer(distances[i][t], weight, scale);
+        gains[t] += whole - to_integer(tile.distances[i][t], weight, scale);
       }
     }
   }
 }
 
-// Lowers `closest` of rows [first, end) to the distance to the centroid; of those with the bit, if `improves` is there.
-template <class T>
-bool lower(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* centroid, T* closest,
-           const int32_t* improves, int64_t bit) {
+// Lowers `closest` of rows [first, end) to the distance to a packed centroid, of those with the bit where `improves` is
+// there; lowered(n, before) for each.
+template <class T, class Lowered>
+void lower(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* centroid, T* closest,
+           const int32_t* improves, int64_t bit, const Lowered& lowered) {
   std::vector<T> wide(is_half(rows.dtype) ? rows.features : 0);
-  bool changed = false;
   for (int64_t n = first; n < end; ++n) {
     if (improves && !(static_cast<uint32_t>(improves[n]) >> bit & 1)) continue;
-    T distance;
-    distances_to<1>(row_as<T>(rows, b, n, 0, rows.features, wide.data()), centroid, rows.features, &distance);
-    if (!(distance < closest[n])) continue;
-    closest[n] = distance;
-    changed = true;
+    const T* x = row_as<T>(rows, b, n, 0, rows.features, wide.data());
+    const T before = closest[n];
+    T distance[kGroup];
+    if (!distances_to<1>(x, centroid, rows.features, before, distance)) continue;
+    closest[n] = distance[0];
+    lowered(n, before);
   }
-  return changed;
 }
 
 // 2^exponent, exponents clamped to those of normal numbers.
@@ -121,7 +218,7 @@ double integer_scale(double bound, int64_t count) {
 
 // The workspace of one entry, in 64-bit words.
 struct Layout {
-  int64_t blocks, bounds, totals, gains, changed, closest, improves, candidates, size;
+  int64_t blocks, bounds, totals, gains, closest, improves, candidates, packed, size;
 
   Layout(const KMeansRows& rows, int64_t trials) : blocks(divide_up(rows.rows, kBlock)) {
     const int64_t bytes = rows.dtype == DType::f64 ? 8 : 4;
@@ -134,10 +231,11 @@ struct Layout {
     bounds = take(blocks);
     totals = take(blocks);
     gains = take(blocks * trials);
-    changed = take(blocks);
     closest = take(divide_up(rows.rows * bytes, 8));
     improves = take(divide_up(rows.rows * 4, 8));
-    candidates = take(divide_up(std::max<int64_t>(1, trials) * rows.features * bytes, 8));
+    const int64_t most = std::max<int64_t>(1, trials);
+    candidates = take(divide_up(most * rows.features * bytes, 8));
+    packed = take(divide_up(most * divide_up(rows.features, Vec::kWidth) * Vec::kWidth * bytes, 8));
     size = at;
   }
 };
@@ -157,14 +255,15 @@ class Start {
         bounds_(reinterpret_cast<double*>(workspace + layout_.bounds)),
         totals_(workspace + layout_.totals),
         gains_(workspace + layout_.gains),
-        changed_(workspace + layout_.changed),
         closest_(reinterpret_cast<T*>(workspace + layout_.closest)),
         improves_(reinterpret_cast<int32_t*>(workspace + layout_.improves)),
-        candidates_(reinterpret_cast<T*>(workspace + layout_.candidates)) {}
+        candidates_(reinterpret_cast<T*>(workspace + layout_.candidates)),
+        packed_(reinterpret_cast<T*>(workspace + layout_.packed)) {}
 
   void run() {
     std::fill_n(closest_, a_.rows.rows, T(1));
-    for_blocks([&](int64_t i, int64_t first, int64_t end) { note_change(i, first, end); });
+    for (int64_t n = 0; n < a_.rows.rows; ++n) valid_ += weights_[n] > 0;
+    for_blocks([&](int64_t i, int64_t first, int64_t end) { bounds_[i] = bound_of(first, end); });
     for (int64_t step = 0; step < a_.clusters; ++step) {
       add_up();
       if (step > 0 && total_ == 0) {  // every row is a centroid
@@ -183,31 +282,26 @@ class Start {
     });
   }
 
-  void note_change(int64_t i, int64_t first, int64_t end) {
-    double bound = 0;
-    for (int64_t n = first; n < end; ++n) {
-      const double weight = weights_[n];
-      if (weight > 0) bound = std::max(bound, static_cast<double>(closest_[n]) * weight);
-    }
-    bounds_[i] = bound;
-    changed_[i] = 1;
+  double weighted(int64_t n, T value) const {
+    return weights_[n] > 0 ? static_cast<double>(value) * weights_[n] : 0.0;
   }
 
-  // The scale on which potentials are integers, and the potential of each block that is not known on it.
+  double bound_of(int64_t first, int64_t end) const {
+    double bound = 0;
+    for (int64_t n = first; n < end; ++n) bound = std::max(bound, weighted(n, closest_[n]));
+    return bound;
+  }
+
+  // The scale on which potentials are integers; where it is another than before, the potential of each block anew.
   void add_up() {
-    if (valid_ < 0) {
-      valid_ = 0;
-      for (int64_t n = 0; n < a_.rows.rows; ++n) valid_ += weights_[n] > 0;
-    }
     const double before = scale_;
     scale_ = integer_scale(*std::max_element(bounds_, bounds_ + layout_.blocks), valid_);
-    for_blocks([&](int64_t i, int64_t first, int64_t end) {
-      if (scale_ == before && !changed_[i]) return;
-      int64_t total = 0;
-      for (int64_t n = first; n < end; ++n) total += to_integer(closest_[n], weights_[n], scale_);
-      totals_[i] = total;
-      changed_[i] = 0;
-    });
+    if (scale_ != before) {
+      for_blocks([&](int64_t i, int64_t first, int64_t end) {
+        totals_[i] = 0;
+        for (int64_t n = first; n < end; ++n) totals_[i] += to_integer(closest_[n], weights_[n], scale_);
+      });
+    }
     total_ = 0;
     for (int64_t i = 0; i < layout_.blocks; ++i) total_ += totals_[i];
   }
@@ -236,17 +330,28 @@ class Start {
       if (from != to) std::copy(from, from + features, to);
     }
     int64_t best = 0;
-    if (step == 0) {
-      std::fill_n(closest_, a_.rows.rows, std::numeric_limits<T>::infinity());
-    } else {
+    if (step > 0) {
+      pack(candidates_, trials, features, packed_);
       best = best_candidate();
+    } else {
+      std::fill_n(closest_, a_.rows.rows, std::numeric_limits<T>::infinity());
     }
     chosen_[step] = rows[best];
-    for_blocks([&](int64_t i, int64_t first, int64_t end) {
-      const int32_t* improves = step == 0 ? nullptr : improves_;
-      const bool changed = lower(a_.rows, b_, first, end, candidates_ + best * features, closest_, improves, best);
-      if (changed) note_change(i, first, end);
+    pack(candidates_ + best * features, 1, features, packed_);
+    for_blocks([&](int64_t i, int64_t first, int64_t end) { add_centroid(step == 0, i, first, end, best); });
+    if (step == 0) scale_ = 0;
+  }
+
+  // What the centroid in `packed_` changes in a block: its potential by what candidate `best` gains, and its bound where
+  // a row that had it comes nearer.
+  void add_centroid(bool first_of_all, int64_t i, int64_t first, int64_t end, int64_t best) {
+    bool bound_falls = first_of_all;
+    const int32_t* improves = first_of_all ? nullptr : improves_;
+    lower(a_.rows, b_, first, end, packed_, closest_, improves, best, [&](int64_t n, T before) {
+      bound_falls = bound_falls || !(weighted(n, before) < bounds_[i]);
     });
+    if (bound_falls) bounds_[i] = bound_of(first, end);
+    if (!first_of_all) totals_[i] -= gains_[i * a_.trials + best];
   }
 
   // The first of those that leave the smallest potential.
@@ -254,12 +359,11 @@ class Start {
     const int64_t trials = a_.trials;
     for_blocks([&](int64_t i, int64_t first, int64_t end) {
       std::fill_n(gains_ + i * trials, trials, 0);
-      weigh(a_.rows, b_, first, end, candidates_, trials, closest_, weights_, scale_, gains_ + i * trials, improves_);
+      weigh(a_.rows, b_, first, end, packed_, trials, closest_, weights_, scale_, gains_ + i * trials, improves_);
     });
-    for (int64_t i = 1; i < layout_.blocks; ++i) {
-      for (int64_t t = 0; t < trials; ++t) gains_[t] += gains_[i * trials + t];
-    }
-    return std::max_element(gains_, gains_ + trials) - gains_;
+    int64_t gains[kMaxTrials] = {};
+    for (int64_t i = 0; i < layout_.blocks * trials; ++i) gains[i % trials] += gains_[i];
+    return std::max_element(gains, gains + trials) - gains;
   }
 
   const KMeansSeed& a_;
@@ -272,11 +376,11 @@ class Start {
   double* bounds_;
   int64_t* totals_;
   int64_t* gains_;
-  int64_t* changed_;
   T* closest_;
   int32_t* improves_;
   T* candidates_;
-  int64_t valid_ = -1, total_ = 0;
+  T* packed_;
+  int64_t valid_ = 0, total_ = 0;
   double scale_ = 0;
 };
 
@@ -294,7 +398,9 @@ void kmeans_potentials(const KMeansPotentials& a, int threads) {
       const T* closest = static_cast<const T*>(a.closest) + e * rows.rows;
       const T* candidates = static_cast<const T*>(a.candidates) + e * a.trials * rows.features;
       int64_t* part = parts.data() + i * a.trials;
-      weigh(rows, e / (a.entries / rows.problems), first, end, candidates, a.trials, closest, weights, a.scale[e], part,
+      std::vector<T> packed(a.trials * padded<T>(rows.features));
+      pack(candidates, a.trials, rows.features, packed.data());
+      weigh(rows, e / (a.entries / rows.problems), first, end, packed.data(), a.trials, closest, weights, a.scale[e], part,
             a.improves + e * rows.rows);
       int64_t whole = 0;
       for (int64_t n = first; n < end; ++n) whole += to_integer(closest[n], weights[n], a.scale[e]);
@@ -316,9 +422,11 @@ void kmeans_closest(const KMeansClosest& a, int threads) {
     const int64_t e = i / blocks, first = i % blocks * kBlock, end = std::min(first + kBlock, rows.rows);
     with_wide(rows.dtype, [&](auto wide) {
       using T = decltype(wide);
-      lower(rows, e / (a.entries / rows.problems), first, end,
-            static_cast<const T*>(a.centroid) + e * rows.features, static_cast<T*>(a.closest) + e * a.closest_stride,
-            a.improves ? a.improves + e * rows.rows : nullptr, a.improves ? a.chosen[e] : 0);
+      std::vector<T> packed(padded<T>(rows.features));
+      pack(static_cast<const T*>(a.centroid) + e * rows.features, 1, rows.features, packed.data());
+      lower(rows, e / (a.entries / rows.problems), first, end, packed.data(),
+            static_cast<T*>(a.closest) + e * a.closest_stride, a.improves ? a.improves + e * rows.rows : nullptr,
+            a.improves ? a.chosen[e] : 0, [](int64_t, T) {});
     });
   });
 }
