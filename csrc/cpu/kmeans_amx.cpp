@@ -41,8 +41,26 @@ constexpr float kTooLarge = 0x1p120f;        // for a square: sums of products m
 float rounding(int64_t n) { return static_cast<float>(n) * 0x1p-23f; }
 
 // At least sqrt(sum), where rounding and underflow may have cost the sum of n squares something.
-float root_above(float sum, int64_t n) {
-  return 1.000001f * std::sqrt(sum * (1 + rounding(n)) + static_cast<float>(n) * 0x1p-126f);
+__m512 root_above(__m512 sum, int64_t n) {
+  const __m512 more = _mm512_fmadd_ps(sum, _mm512_set1_ps(1 + rounding(n)), _mm512_set1_ps(static_cast<float>(n) * 0x1p-126f));
+  return _mm512_set1_ps(1.000001f) * _mm512_sqrt_ps(more);
+}
+
+// The sums of the lanes of 16 vectors, each the bits of its reduce_add: halves are added, then halves of these.
+inline __m512 sum_lanes(const __m512 (&v)[16]) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x44) + _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88) + _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd);
+  }
+  for (int i = 0; i < 2; ++i) {
+    c[i] = _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44) + _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee);
+  }
+  const __m512 sums = _mm512_shuffle_ps(c[0], c[1], 0x88) + _mm512_shuffle_ps(c[0], c[1], 0xdd);
+  // Lane 4 p + q of `sums` belongs to vector 4 q + p.
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums);
 }
 
 // Where things lie in the workspace, in floats: for each problem the mean and the packed centroids, then for each
@@ -137,16 +155,27 @@ inline void add_coefficients(const float (&coefficients)[kDirections], int64_t f
   }
 }
 
-struct Norms {
-  float square;    // |x|^2
-  float norm;      // at least |x|
-  float rest;      // at least |r|, what is left of x without the directions,
-  float residual;  // and |r - r'|
+// Of 16 vectors, lane by lane until they are summed up.
+struct Squares {
+  __m512 all[kSide], rest[kSide], residual[kSide];
 };
 
-// x - mean, a row or a centroid, rounded to [steps, 32] bf16, `stride` elements between steps.
+struct Norms {
+  __m512 square;    // |x|^2
+  __m512 norm;      // at least |x|
+  __m512 rest;      // at least |r|, what is left of x without the directions,
+  __m512 residual;  // and |r - r'|
+
+  Norms(const Squares& of, int64_t features)
+      : square(sum_lanes(of.all)),
+        norm(root_above(square, features)),
+        rest(root_above(sum_lanes(of.rest), features)),
+        residual(root_above(sum_lanes(of.residual), features)) {}
+};
+
+// x - mean, row r or centroid r of 16, rounded to [steps, 32] bf16, `stride` elements between steps.
 template <class T>
-Norms round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, int64_t stride) {
+void round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, int64_t stride, int r, Squares& squares) {
   const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(centroid ? INT32_MIN : 0));
   const auto load = [&](int64_t d) { return _mm512_xor_ps(shifted(x, frame.mean, d, frame.features), sign); };
   __m512 square = _mm512_setzero_ps(), rest = square, residual = square;
@@ -188,12 +217,9 @@ Norms round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out,
     _mm512_storeu_si512(out + s * stride, rounded);
   }
   if (frame.used) add_coefficients(coefficients, frame.features, centroid, out, stride);
-  Norms norms;
-  norms.square = _mm512_reduce_add_ps(frame.used ? square : rest);
-  norms.norm = root_above(norms.square, frame.features);
-  norms.rest = root_above(_mm512_reduce_add_ps(rest), frame.features);
-  norms.residual = root_above(_mm512_reduce_add_ps(residual), frame.features);
-  return norms;
+  squares.all[r] = frame.used ? square : rest;
+  squares.rest[r] = rest;
+  squares.residual[r] = residual;
 }
 
 // [16, 16] pairs of bf16, transposed.
@@ -308,21 +334,22 @@ void pack_group(const KMeansAssign& a, const Layout& layout, int64_t b, int64_t 
   uint16_t* tiles = reinterpret_cast<uint16_t*>(base + layout.tiles + g * layout.steps * kTile);
   float* half_norms = base + layout.half_norms + g * kTile;
   const float sums = rounding(layout.padded + 4);
-  float bound[4] = {0, 0, 0, 0};
+  Squares squares{};
   std::memset(tiles, 0, layout.steps * kTile * sizeof(float));
-  for (int j = 0; j < kSide; ++j) {
-    const int64_t k = g * kSide + j;
-    float half_norm = kInfinity;  // padding never wins
-    if (k < a.clusters) {
-      const Norms norms = round_vector(a.centroid<T>(b, k), frame, true, tiles + j * kStep, 2 * kTile);
-      half_norm = 0.5f * norms.square;
-      bound[0] = std::max(bound[0], norms.residual);
-      bound[1] = std::max(bound[1], norms.rest);
-      bound[2] = std::max(bound[2], (2 * sums + frame.slack()) * norms.norm);
-      bound[3] = std::max(bound[3], norms.square < kTooLarge ? 2 * sums * half_norm : kInfinity);
-    }
-    std::fill_n(half_norms + j * kSide, kSide, half_norm);
+  const int count = static_cast<int>(std::clamp<int64_t>(a.clusters - g * kSide, 0, kSide));
+  for (int j = 0; j < count; ++j) {
+    round_vector(a.centroid<T>(b, g * kSide + j), frame, true, tiles + j * kStep, 2 * kTile, j, squares);
   }
+  const Norms norms(squares, a.features);
+  float square[kSide];
+  _mm512_storeu_ps(square, norms.square);
+  for (int j = 0; j < kSide; ++j) {
+    std::fill_n(half_norms + j * kSide, kSide, j < count ? 0.5f * square[j] : kInfinity);  // padding never wins
+  }
+  const float largest = _mm512_reduce_max_ps(norms.norm), half_square = 0.5f * _mm512_reduce_max_ps(norms.square);
+  float bound[4] = {_mm512_reduce_max_ps(norms.residual), _mm512_reduce_max_ps(norms.rest),
+                    (2 * sums + frame.slack()) * largest,
+                    half_square < kTooLarge ? 2 * sums * half_square : kInfinity};
   // A product below the smallest normal number counts as zero.
   bound[3] += static_cast<float>(layout.padded) * 0x1p-125f;
   for (int i = 0; i < 4; ++i) base[layout.bounds + 4 * g + i] = 1.0001f * bound[i];
@@ -345,21 +372,23 @@ struct alignas(64) State {
 template <class T>
 void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign& a, const Frame& frame,
                uint16_t* rounded, uint16_t* packed, State<T>& state) {
+  Squares squares{};
   for (int r = 0; r < kSide; ++r) {
     uint16_t* out = rounded + r * frame.padded;
-    Norms norms{0, 0, 0, 0};
     if (r < count) {
-      norms = round_vector(rows[i + r], frame, false, out, kStep);
+      round_vector(rows[i + r], frame, false, out, kStep, r, squares);
     } else {
       std::memset(out, 0, frame.padded * sizeof *out);
     }
-    state.square[r] = norms.square;
-    state.norm[r] = norms.norm;
-    state.rest[r] = norms.rest + norms.residual;
-    state.residual[r] = norms.residual;
-    state.upper[r] = r < count && norms.square < kTooLarge ? kInfinity : -kInfinity;
     state.nearest[r] = {a.clusters, std::numeric_limits<T>::infinity()};
   }
+  const Norms norms(squares, a.features);
+  const __mmask16 usable = _mm512_cmp_ps_mask(norms.square, _mm512_set1_ps(kTooLarge), _CMP_LT_OQ) & ((1u << count) - 1);
+  _mm512_store_ps(state.square, norms.square);
+  _mm512_store_ps(state.norm, norms.norm);
+  _mm512_store_ps(state.rest, norms.rest + norms.residual);
+  _mm512_store_ps(state.residual, norms.residual);
+  _mm512_store_ps(state.upper, _mm512_mask_blend_ps(usable, _mm512_set1_ps(-kInfinity), _mm512_set1_ps(kInfinity)));
   for (int64_t s = 0; s < frame.steps; ++s) transpose(rounded + s * kStep, frame.padded, packed + s * 2 * kTile);
 }
 
@@ -483,47 +512,99 @@ class Block {
     ahead_ = until;
   }
 
-  // The direct distance to centroid k: perhaps a nearer one, and a lower upper bound.
-  void look(State<T>& state, int64_t s, int r, int64_t k) {
-    const Nearest<T> found = nearest_of<1>(a_, b_, rows_[s * kSide + r], k, 1);
-    if (!found.before(state.nearest[r])) return;
-    state.nearest[r] = found;
-    const float distance = static_cast<float>(found.distance), square = state.square[r];
-    // Rounding of both squares, and of the distances that are compared in the end.
-    const float slack = rounding(a_.features / kSide + 12) * (distance + square);
-    state.upper[r] = std::min(state.upper[r], 0.5f * (distance - square) + slack + 0x1p-120f);
+  // The scores of row r in one group.
+  __m512 scores_of(int64_t s, int r, int64_t g) {
+    const __m512i places = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    return _mm512_i32gather_ps(places, scores(s, g) + r, 4);
   }
 
-  // All of one group that row r may want, the one with the smallest score first.
-  void look_at_group(State<T>& state, int64_t s, int r, int64_t g0, int64_t g) {
-    const float* bound = base_ + layout_.bounds + 4 * (g0 + g);
-    const float e = state.rest[r] * bound[0] + state.residual[r] * bound[1] + state.norm[r] * bound[2] + bound[3];
-    const __m512i rows = _mm512_mullo_epi32(_mm512_set1_epi32(kSide),
-                                            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    const __m512 score = _mm512_i32gather_ps(rows, scores(s, g) + r, 4);
-    const int64_t k = (g0 + g) * kSide;
-    uint32_t left = a_.clusters - k >= kSide ? 0xffff : (1u << std::max<int64_t>(a_.clusters - k, 0)) - 1;
-    const auto wanted = [&] {
-      return left & _mm512_cmp_ps_mask(score, _mm512_set1_ps(state.upper[r] + e), _CMP_NGT_UQ);
-    };
-    const uint32_t least = wanted() & _mm512_cmp_ps_mask(score, _mm512_set1_ps(_mm512_reduce_min_ps(score)), _CMP_EQ_OQ);
-    for (uint32_t next = least ? least : wanted(); next; next = wanted()) {
-      const int j = __builtin_ctz(next);
-      left &= ~(1u << j);
-      look(state, s, r, k + j);
+  // At most so far from the truth are the scores of row r in one group.
+  float error(const State<T>& state, int r, int64_t g) {
+    const float* bound = base_ + layout_.bounds + 4 * g;
+    return state.rest[r] * bound[0] + state.residual[r] * bound[1] + state.norm[r] * bound[2] + bound[3];
+  }
+
+  // Those of one group that row r wants, lowest first, but for `seen`.
+  void look(State<T>& state, int64_t s, int r, int64_t g, __m512 score, uint32_t seen) {
+    const int64_t k = g * kSide;
+    const float e = error(state, r, g);
+    uint32_t left = (a_.clusters - k >= kSide ? 0xffff : (1u << std::max<int64_t>(a_.clusters - k, 0)) - 1) & ~seen;
+    while (left &= _mm512_cmp_ps_mask(score, _mm512_set1_ps(state.upper[r] + e), _CMP_NGT_UQ)) {
+      const int j = __builtin_ctz(left);
+      left &= left - 1;
+      const Nearest<T> found = nearest_of<1>(a_, b_, rows_[s * kSide + r], k + j, 1);
+      if (!found.before(state.nearest[r])) continue;
+      state.nearest[r] = found;
+      state.upper[r] = std::min(state.upper[r], upper_bound(Vec::set1(found.distance).v, Vec::set1(state.square[r]).v)[0]);
     }
-    low(s, g)[r] = kInfinity;
   }
 
+  // Above the exact score of a centroid at this distance: rounding of both squares, and of the distances that are
+  // compared in the end.
+  __m512 upper_bound(__m512 distance, __m512 square) {
+    const __m512 slack = _mm512_set1_ps(rounding(a_.features / kSide + 12)) * (distance + square);
+    return _mm512_fmadd_ps(_mm512_set1_ps(0.5f), distance - square, slack + _mm512_set1_ps(0x1p-120f));
+  }
+
+  // What the groups kept say of 16 rows. For all of them the centroid with the smallest score comes first; then what the
+  // distance to it leaves open.
   void decide(int64_t s, int64_t g0, int64_t groups) {
     State<T>& state = state_[s];
+    const uint32_t wanted =
+        _mm512_cmp_ps_mask(_mm512_load_ps(state.best), _mm512_load_ps(state.upper), _CMP_NGT_UQ);
+    if (!wanted) return;
+    __m512 score[kSide];
+    int place[kSide];
+    Nearest<T> found[kSide];
     for (int r = 0; r < kSide; ++r) {
-      if (!(state.best[r] > state.upper[r])) look_at_group(state, s, r, g0, state.group[r]);
+      score[r] = scores_of(s, r, state.group[r]);
+      const uint32_t least = _mm512_cmp_ps_mask(score[r], _mm512_set1_ps(_mm512_reduce_min_ps(score[r])), _CMP_EQ_OQ);
+      const int64_t k = (g0 + state.group[r]) * kSide;
+      place[r] = least ? __builtin_ctz(least) : 0;
+      found[r].label = std::min(k + place[r], a_.clusters - 1);
+      low(s, state.group[r])[r] = kInfinity;
+    }
+    measure(s, wanted, found);
+    alignas(64) float distances[kSide];
+    for (int r = 0; r < kSide; ++r) {
+      distances[r] = static_cast<float>(found[r].distance);
+      if (wanted >> r & 1 && found[r].before(state.nearest[r])) state.nearest[r] = found[r];
+    }
+    const __m512 upper = upper_bound(_mm512_load_ps(distances), _mm512_load_ps(state.square));
+    const __m512 before = _mm512_load_ps(state.upper);
+    _mm512_store_ps(state.upper, _mm512_mask_min_ps(before, wanted, upper, before));
+
+    for (uint32_t rows = wanted; rows; rows &= rows - 1) {
+      const int r = __builtin_ctz(rows);
+      look(state, s, r, g0 + state.group[r], score[r], 1u << place[r]);
     }
     for (int64_t g = 0; g < groups; ++g) {
-      const __m512 bound = _mm512_load_ps(low(s, g));
-      uint32_t wanted = _mm512_cmp_ps_mask(bound, _mm512_load_ps(state.upper), _CMP_NGT_UQ);
-      for (; wanted; wanted &= wanted - 1) look_at_group(state, s, __builtin_ctz(wanted), g0, g);
+      uint32_t rows = _mm512_cmp_ps_mask(_mm512_load_ps(low(s, g)), _mm512_load_ps(state.upper), _CMP_NGT_UQ);
+      for (; rows; rows &= rows - 1) {
+        const int r = __builtin_ctz(rows);
+        look(state, s, r, g0 + g, scores_of(s, r, g), 0);
+      }
+    }
+  }
+
+  // Distances to the labels found, of the rows wanted.
+  void measure(int64_t s, uint32_t wanted, Nearest<T> (&found)[kSide]) {
+    __m512 lanes[kSide];
+    for (int r = 0; r < kSide; ++r) {
+      lanes[r] = _mm512_setzero_ps();
+      if (!(wanted >> r & 1)) continue;
+      const T* const centroid[1] = {a_.centroid<T>(b_, found[r].label)};
+      typename VecFor<T>::type sum[1];
+      square_lanes(rows_[s * kSide + r], centroid, a_.features, sum);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        lanes[r] = sum[0].v;
+      } else {
+        found[r].distance = reduce_add(sum[0]);
+      }
+    }
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const __m512 distance = sum_lanes(lanes);
+      for (int r = 0; r < kSide; ++r) found[r].distance = distance[r];
     }
   }
 

@@ -87,12 +87,11 @@ void mean_of_columns(const KMeansAssign& a, int64_t b, int64_t first, float* mea
   for (int64_t d = 0; d < count; ++d) mean[first + d] = static_cast<float>(sum[d] / static_cast<double>(a.clusters));
 }
 
-// ||x - c||^2 for each c, in two interleaved sums: the same bits whatever else is computed beside it.
-template <int kCount, class T>
-inline void squared_distances(const T* x, const T* const (&c)[kCount], int64_t features, T (&distance)[kCount]) {
-  using V = typename VecFor<T>::type;
-  V even[kCount], odd[kCount];
-  for (int i = 0; i < kCount; ++i) even[i] = odd[i] = V::set1(0);
+// The lanes whose sum is ||x - c||^2, for each c: two interleaved sums, the same bits whatever is computed beside them.
+template <int kCount, class T, class V = typename VecFor<T>::type>
+inline void square_lanes(const T* x, const T* const (&c)[kCount], int64_t features, V (&lanes)[kCount]) {
+  V odd[kCount];
+  for (int i = 0; i < kCount; ++i) lanes[i] = odd[i] = V::set1(0);
   const auto add = [](V row, V centroid, V& sum) {
     const V e = row - centroid;
     sum = fma(e, e, sum);
@@ -101,16 +100,23 @@ inline void squared_distances(const T* x, const T* const (&c)[kCount], int64_t f
   for (; d + 2 * V::kWidth <= features; d += 2 * V::kWidth) {
     const V first = V::load(x + d), second = V::load(x + d + V::kWidth);
     for (int i = 0; i < kCount; ++i) {
-      add(first, V::load(c[i] + d), even[i]);
+      add(first, V::load(c[i] + d), lanes[i]);
       add(second, V::load(c[i] + d + V::kWidth), odd[i]);
     }
   }
   for (; d < features; d += V::kWidth) {
     const int64_t count = std::min<int64_t>(V::kWidth, features - d);
     const V row = V::load_first(x + d, count);
-    for (int i = 0; i < kCount; ++i) add(row, V::load_first(c[i] + d, count), even[i]);
+    for (int i = 0; i < kCount; ++i) add(row, V::load_first(c[i] + d, count), lanes[i]);
   }
-  for (int i = 0; i < kCount; ++i) distance[i] = reduce_add(even[i] + odd[i]);
+  for (int i = 0; i < kCount; ++i) lanes[i] = lanes[i] + odd[i];
+}
+
+template <int kCount, class T>
+inline void squared_distances(const T* x, const T* const (&c)[kCount], int64_t features, T (&distance)[kCount]) {
+  typename VecFor<T>::type lanes[kCount];
+  square_lanes(x, c, features, lanes);
+  for (int i = 0; i < kCount; ++i) distance[i] = reduce_add(lanes[i]);
 }
 
 // The nearest of the kCount centroids first, first + step, ... (past the end `first` again), the lowest if equal.
