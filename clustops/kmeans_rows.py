@@ -72,7 +72,7 @@ class Rows:
             x, metric, device, progress: as in ``Source``.
             weights: ``[B, N]``. lengths: ``[B]``; rows past it have weight 0.
         """
-        self.source = source = Source(x, metric=metric, device=device, progress=progress)
+        self.source = source = Source(x, metric=metric, device=device, progress=progress, narrow=True)
         self.metric, self.precision, self.group = metric, precision, group
         self.device, self.dtype = source.device, source.dtype
         self.batch, self.n, self.d = source.batch, source.n, source.d

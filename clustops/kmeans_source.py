@@ -87,6 +87,7 @@ class Source:
         metric: str = "l2",
         device: torch.device | None = None,
         progress: bool = False,
+        narrow: bool = False,
     ) -> None:
         """Reads nothing yet.
 
@@ -95,12 +96,14 @@ class Source:
             metric: ``"cosine"`` normalises the rows.
             device: where they are used; default: where they lie.
             progress: show a bar for each pass of several chunks that takes more than a second.
+            narrow: chunks of bf16 or fp16 rows stay so; kernels widen them as they read them.
         """
         self.x = x if isinstance(x, Reader) or x.ndim == 3 else x.unsqueeze(0)
         self.metric, self.progress = metric, progress
         self.name = x.name if isinstance(x, Reader) else "x"
         self.device = x.device if device is None else device
         self.dtype = accumulator(x.dtype)
+        self.chunk_dtype = x.dtype if narrow and metric == "l2" else self.dtype
         shape: tuple[int, ...] = (1, *x.shape) if x.ndim == 2 else tuple(x.shape)
         self.batch, self.n, self.d = shape
 
@@ -147,16 +150,16 @@ class Source:
     def take(self, index: Tensor) -> Tensor:
         """The rows with these indices in ``[0, N)``: ``[B, m]`` to ``[B, m, D]``."""
         if isinstance(self.x, Reader):
-            return self._prepare(self.x.take(index.flatten()).unsqueeze(0))
+            return self._prepare(self.x.take(index.flatten()).unsqueeze(0)).to(self.dtype)
         where = index.unsqueeze(-1).expand(-1, -1, self.d).to(self.x.device)
-        return self._prepare(self.x.gather(1, where))
+        return self._prepare(self.x.gather(1, where)).to(self.dtype)
 
     def _slices(self, per_row: int, copies: int, small: bool) -> list[slice]:
         read = isinstance(self.x, Reader)
         used_as_it_lies = (
             isinstance(self.x, Tensor)
             and self.x.device == self.device
-            and self.x.dtype == self.dtype
+            and self.x.dtype == self.chunk_dtype
             and (self.x.stride(-1) == 1 or self.d == 1)
             and self.metric != "cosine"
             and min(copies, self.batch) == 1
@@ -168,7 +171,7 @@ class Source:
 
     def _prepare(self, part: Tensor) -> Tensor:
         # A copy to the host would be read before it has ended.
-        part = part.to(self.device, self.dtype, non_blocking=self.device.type != "cpu")
+        part = part.to(self.device, self.chunk_dtype, non_blocking=self.device.type != "cpu")
         return _normalised(part) if self.metric == "cosine" else part
 
 

@@ -80,6 +80,17 @@ def test_ops_pass_opcheck(index: int, device: str) -> None:
     torch.library.opcheck(op.default, sample)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_16_bits_are_used_as_they_lie_with_the_result_of_32(device: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 90, 12, generator=generator(0)).to(dtype).to(device)
+    chunk = Rows(x, None, None).at_once()
+    assert chunk is not None
+    assert chunk.data_ptr() == x.data_ptr()
+    narrow, wide = (clustops.kmeans(rows, 7, max_iter=5) for rows in (x, x.float()))
+    assert_bits(list(vars(narrow).values()), list(vars(wide).values()))
+
+
 @pytest.mark.cuda
 @few
 @given(b=st.integers(0, 3), n=odd_sizes, d=odd_sizes, k=small_sizes, dtype=dtypes, seed=seeds)
