@@ -251,17 +251,20 @@ void decide_listed(const ScoreTask& s, void* stream) {
 
 bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % 16 == 0 && bytes % 16 == 0; }
 
-// The widest tile with which the rows stay in shared memory; if there is none, chunks of the rows pass by as well.
+// Hopper's own kernel where there is enough to multiply; else the widest tile with which the rows stay in shared memory;
+// if there is none, chunks of the rows pass by as well. By clusters, features and precision alone.
 ScoreTask plan(const KMeansAssignCuda& a) {
   const int64_t limit = most_shared();
   ScoreTask s{};
   s.a = a;
   const int parts = parts_of(a.precision), widest = a.clusters <= 64 ? 64 : 128;
-  for (int columns = widest; columns >= 64 && !s.resident; columns /= 2) {
+  s.packed = packed_centroids(a.clusters, a.features, parts, 128);
+  s.sm90 = hopper() && score_sm90_suits(s.packed, a.clusters);
+  for (int columns = widest; columns >= 64 && !s.resident && !s.sm90; columns /= 2) {
     s.packed = packed_centroids(a.clusters, a.features, parts, columns);
     s.resident = score_shared_bytes(s.packed, true) <= limit;
   }
-  if (!s.resident) s.packed = packed_centroids(a.clusters, a.features, parts, widest);
+  if (!s.resident && !s.sm90) s.packed = packed_centroids(a.clusters, a.features, parts, widest);
   const bool certify = a.precision == Precision::highest;
   const Workspace at(a.problems, a.rows, s.packed, certify);
   unsigned char* base = reinterpret_cast<unsigned char*>(a.workspace);
@@ -283,7 +286,7 @@ void kmeans_assign(const KMeansAssignCuda& a, void* stream) {
   if (!multiplies(a.features, a.top, a.dtype)) return assign_directly(a, stream);
   const ScoreTask s = plan(a);
   pack_centroids(s, stream);
-  score(s, stream);
+  s.sm90 ? score_sm90(s, stream) : score(s, stream);
   if (!s.counts) return;
   with_element(a.dtype, [&](auto x) {
     if constexpr (sizeof(x) < sizeof(double)) decide_listed<decltype(x)>(s, stream);

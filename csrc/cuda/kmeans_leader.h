@@ -13,24 +13,29 @@ struct Leader {
   float score = -INFINITY, second = -INFINITY;
   int32_t index = 0;
 
-  // Scores of centroids first + 8 (i / 2) + i % 2, as a thread of a matrix instruction holds them. One comparison a
-  // score, unless the best improves.
-  template <int kCount>
-  CLUSTOPS_HOST_DEVICE void take(const float (&scores)[kCount], int32_t first) {
-    float top = scores[0];
+  // at(i), the score of centroid first + 8 (i / 2) + i % 2, for i below kCount: what a thread of a matrix instruction
+  // holds of a row. One comparison a score, unless the best improves.
+  template <int kCount, class At>
+  CLUSTOPS_HOST_DEVICE void take(const At& at, int32_t first) {
+    float top = at(0);
 #pragma unroll
-    for (int i = 1; i < kCount; ++i) top = fmaxf(top, scores[i]);
+    for (int i = 1; i < kCount; ++i) top = fmaxf(top, at(i));
     if (top > score) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const bool better = scores[i] > score;
-        second = better ? score : fmaxf(second, scores[i]);
+        const bool better = at(i) > score;
+        second = better ? score : fmaxf(second, at(i));
         index = better ? first + 8 * (i / 2) + i % 2 : index;
-        score = better ? scores[i] : score;
+        score = better ? at(i) : score;
       }
     } else {
       second = fmaxf(second, top);
     }
+  }
+
+  template <int kCount>
+  CLUSTOPS_HOST_DEVICE void take(const float (&scores)[kCount], int32_t first) {
+    take<kCount>([&](int i) { return scores[i]; }, first);
   }
 
   CLUSTOPS_HOST_DEVICE void merge(const Leader& other) {

@@ -22,12 +22,15 @@ struct ScoreTask {
   uint32_t* counts;                // [problems]: rows too close to call; null where nothing is certified
   uint32_t* listed;                // [problems, rows]: which
   bool wide_rows, wide_centroids;  // 16 bytes of x, of the centroids, can be loaded at once
-  bool resident;                   // a unit's rows stay in shared memory; if not, each chunk passes again for each tile
+  bool sm90;                       // which kernel scores
+  bool resident;                   // in the other one, a unit's rows stay in shared memory; if not, each chunk passes again for each tile
 };
 
 void pack_centroids(const ScoreTask& s, void* stream);
 int64_t score_shared_bytes(const Packed& packed, bool resident);
 void score(const ScoreTask& s, void* stream);
+bool score_sm90_suits(const Packed& packed, int64_t clusters);
+void score_sm90(const ScoreTask& s, void* stream);
 
 template <class Use>
 __device__ void with_rows(DType dtype, const Use& use) {
@@ -92,35 +95,39 @@ __device__ T sum_of_lanes(T value) {
 template <int kParts, int kRows, int kThreads, class X>
 __device__ void load_rows(const ScoreTask& s, int64_t b, int64_t first, int64_t chunk, unsigned char* blocks,
                           float (*squares)[3], bool measure) {
-  constexpr int kEach = kRows * kLanesPerRow / kThreads;
+  constexpr int kStride = kThreads / kLanesPerRow, kEach = kRows / kStride;
   const int group = threadIdx.x % kLanesPerRow, row0 = threadIdx.x / kLanesPerRow;
   const int64_t d = chunk * kChunk + 8 * group;
   float shift[8];
   load8(s.means + b * s.packed.chunks * kChunk, d, s.packed.chunks * kChunk, true, shift);
-  float v[kEach][8];
+  constexpr int kBatch = kEach < 4 ? kEach : 4;  // loads under way before the first use
+#pragma unroll 1
+  for (int done = 0; done < kEach; done += kBatch) {
+    float v[kBatch][8];
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {  // all loads before the first use
-    const int64_t n = first + row0 + i * (kThreads / kLanesPerRow);
-    load8(s.a.row<X>(b, n < s.a.rows ? n : 0), d, n < s.a.rows ? s.a.features : 0, s.wide_rows, v[i]);  // guard
-  }
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int row = row0 + i * (kThreads / kLanesPerRow);
-    const bool inside = first + row < s.a.rows;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[i][j] = inside ? v[i][j] - shift[j] : 0.0f;
-    uint4 parts[kParts];
-    float sum[3] = {};
-    split8<kParts>(v[i], parts, sum);
-#pragma unroll
-    for (int p = 0; p < kParts; ++p) {
-      *reinterpret_cast<uint4*>(blocks + p * kRows * kChunkBytes + swizzled(row, group)) = parts[p];
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t n = first + row0 + (done + i) * kStride;
+      load8(s.a.row<X>(b, n < s.a.rows ? n : 0), d, n < s.a.rows ? s.a.features : 0, s.wide_rows, v[i]);  // guard
     }
-    if (kParts == 2 && measure) {
 #pragma unroll
-      for (int j = 0; j < 3; ++j) {
-        const float total = sum_of_lanes(sum[j]);
-        if (group == 0) squares[row][j] += total;
+    for (int i = 0; i < kBatch; ++i) {
+      const int row = row0 + (done + i) * kStride;
+      const bool inside = first + row < s.a.rows;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) v[i][j] = inside ? v[i][j] - shift[j] : 0.0f;
+      uint4 parts[kParts];
+      float sum[3] = {};
+      split8<kParts>(v[i], parts, sum);
+#pragma unroll
+      for (int p = 0; p < kParts; ++p) {
+        *reinterpret_cast<uint4*>(blocks + p * kRows * kChunkBytes + swizzled(row, group)) = parts[p];
+      }
+      if (kParts == 2 && measure) {
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+          const float total = sum_of_lanes(sum[j]);
+          if (group == 0) squares[row][j] += total;
+        }
       }
     }
   }
@@ -141,6 +148,18 @@ __device__ inline Norms largest_norms(const ScoreTask& s, int64_t b) {
     most.rest = fmaxf(most.rest, __shfl_xor_sync(0xffffffffu, most.rest, lanes));
   }
   return most;
+}
+
+// The leader among the four neighbouring threads that hold a row's scores, in all of them.
+__device__ inline Leader best_of_row(Leader leader) {
+  for (int lanes = 1; lanes < 4; lanes *= 2) {
+    Leader other;
+    other.score = __shfl_xor_sync(0xffffffffu, leader.score, lanes);
+    other.second = __shfl_xor_sync(0xffffffffu, leader.second, lanes);
+    other.index = __shfl_xor_sync(0xffffffffu, leader.index, lanes);
+    leader.merge(other);
+  }
+  return leader;
 }
 
 // Whether the leader is ahead by more than rounding could have done. Not if a score or a norm is not finite.

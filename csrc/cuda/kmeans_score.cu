@@ -137,15 +137,15 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 1) score_rows(S
 #pragma unroll
       for (int m = 0; m < 2; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float row[kColumns / 8];
+        for (int n = 0; n < kColumns / 16; ++n) {
+          const float2 h = *reinterpret_cast<const float2*>(half_norms + 8 * n);
 #pragma unroll
-          for (int n = 0; n < kColumns / 16; ++n) {
-            const float2 h = *reinterpret_cast<const float2*>(half_norms + 8 * n);
-            row[2 * n] = score[m][n][2 * half] + h.x;
-            row[2 * n + 1] = score[m][n][2 * half + 1] + h.y;
-          }
-          best[m][half].take(row, static_cast<int32_t>(tile * kColumns) + column0);
+          for (int e = 0; e < 4; ++e) score[m][n][e] += e % 2 ? h.y : h.x;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          best[m][half].template take<kColumns / 8>([&](int i) { return score[m][i / 2][2 * half + i % 2]; },
+                                                    static_cast<int32_t>(tile * kColumns) + column0);
         }
       }
       step = 0;
@@ -156,14 +156,7 @@ __global__ void __launch_bounds__(kThreads, kColumns == 64 ? 2 : 1) score_rows(S
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        Leader& leader = best[m][half];
-        for (int lanes = 1; lanes < 4; lanes *= 2) {  // the four threads of a row
-          Leader other;
-          other.score = __shfl_xor_sync(0xffffffffu, leader.score, lanes);
-          other.second = __shfl_xor_sync(0xffffffffu, leader.second, lanes);
-          other.index = __shfl_xor_sync(0xffffffffu, leader.index, lanes);
-          leader.merge(other);
-        }
+        const Leader leader = best_of_row(best[m][half]);
         const int row = warp % 4 * kWarpRows + 16 * m + 8 * half + lane / 4;
         if (lane % 4 == 0) leaders[warp / 4 * kRows + row] = leader;
       }

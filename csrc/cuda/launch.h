@@ -27,6 +27,9 @@ inline void clear(void* data, std::size_t bytes, void*) {
 
 inline int64_t shared_limit = 160 << 10;
 inline int64_t most_shared() { return shared_limit; }
+inline bool is_hopper = false;
+inline bool hopper() { return is_hopper; }
+inline int64_t multiprocessors() { return 2; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,
@@ -64,12 +67,22 @@ inline void clear(void* data, std::size_t bytes, void* stream) {
   must(cudaMemsetAsync(data, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
 }
 
-// Bytes of shared memory that one block may have, on the current device.
-inline int64_t most_shared() {
-  int device = 0, bytes = 0;
+inline int64_t attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   must(cudaGetDevice(&device), "cudaGetDevice");
-  must(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  return bytes;
+  must(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Of the current device: bytes of shared memory that one block may have, multiprocessors, whether its own kernels are here.
+inline int64_t most_shared() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+inline bool hopper() {
+#ifdef CLUSTOPS_HOPPER
+  return attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+#else
+  return false;
+#endif
 }
 
 // Nothing to do is no launch. More than 48 KB of dynamic shared memory must be asked for.

@@ -1,6 +1,6 @@
 // Runs the CUDA kernels of the k-means assignment on the CPU (simt.h), so that a sanitizer can watch them.
 // stdin: int64 problems, rows, clusters, features, top, dtype (of DType), precision (of Precision), stride of a row, order of
-// the threads of a block (0, 1, 2), bytes of shared memory of a block; then x, rows at their stride, and centroids.
+// the threads of a block (0, 1, 2), bytes of shared memory of a block, whether it is Hopper; then x, rows at their stride, and centroids.
 // stdout: labels, distances, and for "highest" how many rows of each problem were too close to call.
 #include <cstdio>
 #include <cstdlib>
@@ -24,13 +24,14 @@ void write(const void* data, int64_t bytes) { std::fwrite(data, 1, static_cast<s
 }  // namespace
 
 int main() {
-  int64_t size[10];
+  int64_t size[11];
   std::memcpy(size, read(sizeof size).data(), sizeof size);
   const int64_t b = size[0], n = size[1], k = size[2], d = size[3], top = size[4], stride = size[7];
   const DType dtype = static_cast<DType>(size[5]);
   const Precision precision = static_cast<Precision>(size[6]);
   simt::order = static_cast<simt::Order>(size[8]);
   cuda::shared_limit = size[9];
+  cuda::is_hopper = size[10] != 0;
   const int64_t element = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2, exact = dtype == DType::f64 ? 8 : 4;
   const std::vector<char> x = read(b * n * stride * element), centroids = read(b * k * d * exact);
   std::vector<int64_t> labels(static_cast<std::size_t>(b * n * top), -7);

@@ -48,7 +48,7 @@ inline Order order = Order::forward;
 constexpr std::size_t kStack = 64 << 10;
 constexpr unsigned kWarp = 32;
 
-enum class Wait { none, warp, block, ended };
+enum class Wait { none, poll, warp, block, ended };
 
 struct Fiber {
   ucontext_t context;
@@ -93,6 +93,16 @@ inline void wait(Wait barrier) {
   leave_fiber(fiber);
 }
 
+// Waits for something that another thread does.
+constexpr int kMostPolls = 100000;
+inline int polls;
+
+template <class Ready>
+void poll(const Ready& ready) {
+  while (!ready()) wait(Wait::poll);
+  polls = 0;
+}
+
 inline void fiber_main() {
   Fiber& fiber = (*fibers)[running];
 #if defined(__SANITIZE_ADDRESS__)
@@ -102,12 +112,12 @@ inline void fiber_main() {
   wait(Wait::ended);
 }
 
-// Lets threads [first, last) go on if all of them that have not ended wait at this barrier.
-inline bool release(unsigned first, unsigned last, Wait barrier) {
+// Lets threads [first, last) go on that wait at this barrier: if all of them do that have not ended, or any.
+inline bool release(unsigned first, unsigned last, Wait barrier, bool all = true) {
   bool some = false;
   for (unsigned t = first; t < last; ++t) {
     const Wait waits = (*fibers)[t].waits;
-    if (waits != barrier && waits != Wait::ended) return false;
+    if (all && waits != barrier && waits != Wait::ended) return false;
     some |= waits == barrier;
   }
   for (unsigned t = first; t < last; ++t) {
@@ -135,7 +145,7 @@ inline void run_block(std::vector<Fiber>& all, std::mt19937& random) {
       running = threadIdx.x = t;
       enter_fiber(all[t]);
     }
-    bool more = false;
+    bool more = release(0, threads, Wait::poll, false) && ++polls < kMostPolls;
     for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
     if (more || release(0, threads, Wait::block)) continue;
     if (std::all_of(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.waits == Wait::ended; })) return;
