@@ -10,8 +10,6 @@ namespace {
 constexpr int kGroups = 2;                              // warpgroups that multiply
 constexpr int kWorkers = kGroups * kGroupThreads;       // their threads
 constexpr int kThreads = kWorkers + kGroupThreads;      // and a third, a thread of which fetches
-constexpr int kWorkerRegisters = 240, kFetchRegisters = 24;  // of a thread; 168 for each to begin with
-constexpr int kColumns = 128;
 constexpr int kAlign = 1024;                            // of what the matrix units read: eight rows of a block
 constexpr int64_t kFewClusters = 256;
 constexpr int kFewestStages = 3, kMostStages = 6;
@@ -35,6 +33,9 @@ struct Layout {
 };
 
 #ifdef CLUSTOPS_SM90
+
+constexpr int kWorkerRegisters = 240, kFetchRegisters = 24;  // of a thread; 168 for each to begin with
+constexpr int kColumns = 128;
 
 // A stage in use and the parity of its barriers' phase, counted on across units.
 struct Turn {
