@@ -423,6 +423,15 @@ def test_iterations_split_empty_clusters_as_the_reference_does(program: Path) ->
     assert int(assert_iterates(program, 0, x, centroids, weights, 6, False, "keep", 3).max()) == 0
 
 
+def test_of_equally_far_rows_the_first_decides_a_split(program: Path) -> None:
+    x = whole(2, 90, 2, torch.float32, 0)
+    centroids = x[:, :3].repeat(1, 4, 1)  # nine of twelve are empty
+    weights = torch.ones(2, 90, dtype=torch.float64)
+    for seed in range(3):
+        repaired = assert_iterates(program, seed, x, centroids, weights, 1, False, "split", seed)
+        assert int(repaired.min()) > 0
+
+
 def test_iterations_stop_early_with_the_result_of_all(program: Path) -> None:
     x = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])
     assert_iterates(program, 2, x, x[:, [0, 2]], torch.ones(1, 4).double(), 1000, False, "split", 0)

@@ -454,24 +454,23 @@ __global__ void __launch_bounds__(kThreads, 2) iterate(KMeansIterate a, Layout a
                    reinterpret_cast<float*>(memory + at.next)};
     entry.load(a, e / restarts, e, wide);
     entry.look();
-    bool shifted = true, repaired = false;
+    bool shifted = true;
     for (int64_t i = 0; i < a.iterations; ++i) {
       entry.pack();
       entry.assign();
       entry.update();
       const bool acts = a.split && flags.empty;
-      if (!flags.moved && !acts && !repaired && i > 0) {  // so it stays
+      // So it stays. (A split fills a cluster or leaves it empty: after one, a row moves or the next one acts.)
+      if (!flags.moved && !acts && i > 0) {
         shifted = false;
         break;
       }
       entry.average(a.cosine);
-      const int splits = flags.repaired;
       if (acts) {
         const uint64_t stream = kSplitUse + kUses * static_cast<uint64_t>(e % restarts) + (static_cast<uint64_t>(i) << 32);
         entry.draw_donors(a.seed, stream);
         entry.split(a.cosine);
       }
-      repaired = flags.repaired != splits;
       shifted = entry.advance();
     }
     for (int c = entry.warp; c < at.k; c += kWarps) {
