@@ -15,7 +15,7 @@ Precision precision_named(const std::string& name) {
 
 int64_t kmeans_assign_cuda_workspace(int64_t problems, int64_t rows, int64_t clusters, int64_t features, int64_t top,
                                      DType dtype, Precision precision) {
-  if (!cuda::multiplies(features, top, dtype)) return 0;
+  if (!cuda::multiplies(clusters, features, top, dtype)) return 0;
   const int parts = cuda::parts_of(precision);
   int64_t bytes = 0;  // whichever tile the GPU's shared memory calls for
   for (int columns : cuda::kColumnChoices) {

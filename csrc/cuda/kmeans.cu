@@ -283,7 +283,7 @@ ScoreTask plan(const KMeansAssignCuda& a) {
 
 void kmeans_assign(const KMeansAssignCuda& a, void* stream) {
   if (a.problems * a.rows == 0) return;
-  if (!multiplies(a.features, a.top, a.dtype)) return assign_directly(a, stream);
+  if (!multiplies(a.clusters, a.features, a.top, a.dtype)) return assign_directly(a, stream);
   const ScoreTask s = plan(a);
   pack_centroids(s, stream);
   s.sm90 ? score_sm90(s, stream) : score(s, stream);

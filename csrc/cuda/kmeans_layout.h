@@ -24,10 +24,10 @@ CLUSTOPS_HOST_DEVICE inline int64_t align_up(int64_t a, int64_t b) { return divi
 
 inline int parts_of(Precision precision) { return precision == Precision::medium ? 1 : 2; }
 
-// Whether labels come from matrix products. Never by the number of rows or problems: a label depends on its row and
-// the centroids alone.
-inline bool multiplies(int64_t features, int64_t top, DType dtype) {
-  return top == 1 && features > 0 && dtype != DType::f64;
+// Whether labels come from matrix products: not where padding would cost more than it gains. Never by the number of rows or
+// problems: a label depends on its row and the centroids alone.
+inline bool multiplies(int64_t clusters, int64_t features, int64_t top, DType dtype) {
+  return top == 1 && clusters * features >= 256 && dtype != DType::f64;
 }
 
 // Byte of 8 features `group` of a row in a block [rows, kChunk]. The exclusive or keeps eight rows of one group, and

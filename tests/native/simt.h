@@ -140,12 +140,20 @@ inline void run_block(std::vector<Fiber>& all, std::mt19937& random) {
   for (unsigned t = 0; t < threads; ++t) turn[t] = order == Order::reverse ? threads - 1 - t : t;
   for (;;) {
     if (order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random);
+    // Some warps fall behind, as they do on a GPU.
+    const unsigned behind = order == Order::shuffled ? static_cast<unsigned>(random()) : 0;
+    bool late = false;
     for (unsigned t : turn) {
       if (all[t].waits != Wait::none) continue;
+      if (behind >> t / kWarp & 1) {
+        late = true;
+        continue;
+      }
       running = threadIdx.x = t;
       enter_fiber(all[t]);
     }
-    bool more = release(0, threads, Wait::poll, false) && ++polls < kMostPolls;
+    bool more = late;
+    more |= release(0, threads, Wait::poll, false) && ++polls < kMostPolls;
     for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
     if (more || release(0, threads, Wait::block)) continue;
     if (std::all_of(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.waits == Wait::ended; })) return;
