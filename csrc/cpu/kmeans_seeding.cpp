@@ -60,44 +60,9 @@ void pack(const T* candidates, int64_t count, int64_t features, T* packed) {
   }
 }
 
-// Adds up the lanes of each vector, in the order in which reduce_add does; a bit for each sum below `limit`.
+// sum_t = (x - c_t)^2, lane by lane, for kCount packed candidates.
 template <int kCount, class V, class T>
-inline uint32_t add_lanes(const V (&sums)[kCount], T limit, T* result) {
-  uint32_t below = 0;
-#if defined(__AVX2__)
-  if constexpr (kCount > 1 && sizeof(T) == sizeof(float)) {
-    const auto quarter = [](Vec a) {
-#if defined(__AVX512F__)
-      const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
-#else
-      const __m256 half = a.v;
-#endif
-      return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-    };
-    for (int t = 0; t < kCount; t += 4) {
-      const auto lanes_of = [&](int j) { return t + j < kCount ? quarter(sums[t + j]) : _mm_setzero_ps(); };
-      const __m128 a = lanes_of(0), b = lanes_of(1), c = lanes_of(2), e = lanes_of(3);
-      const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
-      const __m128 ce = _mm_add_ps(_mm_unpacklo_ps(c, e), _mm_unpackhi_ps(c, e));
-      const __m128 sum = _mm_add_ps(_mm_movelh_ps(ab, ce), _mm_movehl_ps(ce, ab));
-      _mm_storeu_ps(result + t, sum);
-      below |= static_cast<uint32_t>(_mm_movemask_ps(_mm_cmplt_ps(sum, _mm_set1_ps(limit)))) << t;
-    }
-    return below & ((1u << kCount) - 1);
-  }
-#endif
-  for (int t = 0; t < kCount; ++t) {
-    result[t] = reduce_add(sums[t]);
-    below |= static_cast<uint32_t>(result[t] < limit) << t;
-  }
-  return below;
-}
-
-// ||x - c||^2 for each of kCount packed candidates, with room for kGroup of them; a bit for each below `limit`.
-template <int kCount, class T>
-inline uint32_t distances_to(const T* x, const T* packed, int64_t features, T limit, T* distances) {
-  using V = typename VecFor<T>::type;
-  V sum[kCount];
+inline void accumulate(const T* x, const T* packed, int64_t features, V (&sum)[kCount]) {
   for (int t = 0; t < kCount; ++t) sum[t] = V::set1(0);
   int64_t d = 0;
   for (; d + V::kWidth <= features; d += V::kWidth, packed += kCount * V::kWidth) {
@@ -107,47 +72,124 @@ inline uint32_t distances_to(const T* x, const T* packed, int64_t features, T li
       sum[t] = fma(e, e, sum[t]);
     }
   }
-  if (d < features) {
-    const V row = V::load_first(x + d, features - d);
-    for (int t = 0; t < kCount; ++t) {
-      const V e = row - V::load(packed + t * V::kWidth);
-      sum[t] = fma(e, e, sum[t]);
-    }
+  if (d == features) return;
+  const V row = V::load_first(x + d, features - d);
+  for (int t = 0; t < kCount; ++t) {
+    const V e = row - V::load(packed + t * V::kWidth);
+    sum[t] = fma(e, e, sum[t]);
   }
-  return add_lanes(sum, limit, distances);
 }
 
-// Rows of one tile, and what is found of them.
+// ||x - c||^2 for one packed centroid.
+template <class T>
+inline T distance_to(const T* x, const T* packed, int64_t features) {
+  typename VecFor<T>::type sum[1];
+  accumulate<1>(x, packed, features, sum);
+  return reduce_add(sum[0]);
+}
+
+// Some rows, one after the other, and what is known of them.
 template <class T>
 struct Tile {
-  int64_t count;
-  const char* ahead[kTile];  // rows that come later
-  int64_t ahead_bytes;
-  const T* row[kTile];
-  uint32_t improves[kTile];
-  T distances[kTile][kMaxTrials];
+  int64_t count, features;
+  const T* first;
+  int64_t stride;
+  uintptr_t ahead;  // where rows lie that come later
+  int64_t ahead_stride, ahead_bytes;
+  const T* closest;
+  Weights weights;
+  double scale;
+  uint32_t* improves;
+
+  const T* row(int64_t i) const { return first + i * stride; }
+  void ask_ahead(int64_t i) const {
+    for (int64_t byte = 0; byte < ahead_bytes; byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + i * ahead_stride + byte));
+    }
+  }
 };
 
-// Compares a tile's rows with kCount candidates from t on: a bit where one is below `closest`, and the distances there.
+// Compares a tile's rows with kCount candidates from t on: a bit where one is below `closest`, and what is gained.
 template <int kCount, class T>
-void compare(Tile<T>& tile, const T* packed, int64_t features, const T* closest, int64_t t) {
+void compare(Tile<T>& tile, const T* packed, int64_t t, int64_t* gains) {
+  using V = typename VecFor<T>::type;
   for (int64_t i = 0; i < tile.count; ++i) {
-    for (int64_t byte = 0; t == 0 && byte < tile.ahead_bytes; byte += 64) __builtin_prefetch(tile.ahead[i] + byte);
-    T distances[kGroup];
-    const uint32_t below = distances_to<kCount>(tile.row[i], packed, features, closest[i], distances);
-    if (below == 0) continue;
-    tile.improves[i] |= below << t;
-    std::copy(distances, distances + kCount, tile.distances[i] + t);
+    if (t == 0) tile.ask_ahead(i);
+    V sum[kCount];
+    accumulate<kCount>(tile.row(i), packed, tile.features, sum);
+    const T before = tile.closest[i];
+    int64_t whole = -1;
+    for (int j = 0; j < kCount; ++j) {
+      const T distance = reduce_add(sum[j]);
+      if (!(distance < before)) continue;
+      if (whole < 0) whole = to_integer(before, tile.weights[i], tile.scale);
+      tile.improves[i] |= 1u << (t + j);
+      gains[t + j] += whole - to_integer(distance, tile.weights[i], tile.scale);
+    }
   }
 }
 
+#if defined(__AVX512F__)
+
+// The lanes of up to 8 vectors added up, each in the order in which reduce_add does.
+template <int kCount>
+inline __m256 add_lanes(const Vec (&sum)[kCount]) {
+  const auto quarter = [&](int t) {
+    if (t >= kCount) return _mm_setzero_ps();
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum[t].v), _mm512_extractf32x8_ps(sum[t].v, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  };
+  const auto four = [&](int t) {
+    const __m128 a = quarter(t), b = quarter(t + 1), c = quarter(t + 2), d = quarter(t + 3);
+    const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+  };
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four(0)), kCount > 4 ? four(4) : _mm_setzero_ps(), 1);
+}
+
+// The same with the integers of all candidates in one vector, and no branch.
+template <int kCount>
+void compare_in_vectors(Tile<float>& tile, const float* packed, int64_t t, int64_t* gains) {
+  const __m512d scale = _mm512_set1_pd(tile.scale);
+  __m512i gained = _mm512_setzero_si512();
+  for (int64_t i = 0; i < tile.count; ++i) {
+    if (t == 0) tile.ask_ahead(i);
+    Vec sum[kCount];
+    accumulate<kCount>(tile.row(i), packed, tile.features, sum);
+    const __m256 before = _mm256_set1_ps(tile.closest[i]), distances = add_lanes(sum);
+    const uint32_t below = _mm256_cmp_ps_mask(distances, before, _CMP_LT_OQ) & ((1u << kCount) - 1);
+    tile.improves[i] |= below << t;
+    const __m512d weight = _mm512_set1_pd(tile.weights[i]);
+    const auto integers = [&](__m256 values) {
+      return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_mul_pd(_mm512_cvtps_pd(values), weight), scale));
+    };
+    const __mmask8 counts = tile.weights[i] > 0 ? static_cast<__mmask8>(below) : static_cast<__mmask8>(0);
+    gained = _mm512_mask_add_epi64(gained, counts, gained, _mm512_sub_epi64(integers(before), integers(distances)));
+  }
+  int64_t found[8];
+  _mm512_storeu_si512(found, gained);
+  for (int j = 0; j < kCount; ++j) gains[t + j] += found[j];
+}
+
+#endif
+
 template <class T>
-using Compare = void (*)(Tile<T>& tile, const T* packed, int64_t features, const T* closest, int64_t t);
+using Compare = void (*)(Tile<T>& tile, const T* packed, int64_t t, int64_t* gains);
+
+template <class T, int kCount>
+constexpr Compare<T> compare_of() {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) return compare_in_vectors<kCount>;
+#endif
+  return compare<kCount, T>;
+}
 
 template <class T>
 Compare<T> compare_for(int64_t count) {
-  static constexpr Compare<T> functions[kGroup] = {compare<1, T>, compare<2, T>, compare<3, T>, compare<4, T>,
-                                                   compare<5, T>, compare<6, T>, compare<7, T>, compare<8, T>};
+  static constexpr Compare<T> functions[kGroup] = {compare_of<T, 1>(), compare_of<T, 2>(), compare_of<T, 3>(),
+                                                   compare_of<T, 4>(), compare_of<T, 5>(), compare_of<T, 6>(),
+                                                   compare_of<T, 7>(), compare_of<T, 8>()};
   return functions[count - 1];
 }
 
@@ -156,32 +198,28 @@ template <class T>
 void weigh(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* packed, int64_t trials,
            const T* closest, Weights weights, double scale, int64_t* gains, int32_t* improves) {
   std::vector<T> wide(is_half(rows.dtype) ? kTile * rows.features : 0);
-  const int64_t row_bytes = std::max<int64_t>(1, rows.features * size_of(rows.dtype));
-  const int64_t ahead = divide_up(kAheadBytes, row_bytes);
-  Tile<T> tile;
-  tile.ahead_bytes = row_bytes;
+  const int64_t size = size_of(rows.dtype), row_bytes = rows.features * size;
+  const int64_t ahead = divide_up(kAheadBytes, std::max<int64_t>(1, row_bytes)) * rows.row_stride * size;
   for (int64_t n0 = first; n0 < end; n0 += kTile) {
+    Tile<T> tile;
     tile.count = std::min(kTile, end - n0);
-    for (int64_t i = 0; i < tile.count; ++i) {
-      T* room = wide.empty() ? nullptr : wide.data() + i * rows.features;
-      tile.row[i] = row_as<T>(rows, b, n0 + i, 0, rows.features, room);
-      tile.improves[i] = 0;
-      tile.ahead[i] = bytes_of(rows, b, std::min(n0 + i + ahead, rows.rows - 1));
+    tile.features = rows.features;
+    tile.first = row_as<T>(rows, b, n0, 0, rows.features, wide.data());
+    for (int64_t i = 1; i < tile.count && !wide.empty(); ++i) {
+      row_as<T>(rows, b, n0 + i, 0, rows.features, wide.data() + i * rows.features);
     }
+    tile.stride = wide.empty() ? rows.row_stride : rows.features;
+    tile.ahead = reinterpret_cast<uintptr_t>(bytes_of(rows, b, n0)) + static_cast<uintptr_t>(ahead);
+    tile.ahead_stride = rows.row_stride * size;
+    tile.ahead_bytes = row_bytes;
+    tile.closest = closest + n0;
+    tile.weights = {weights.first + n0 * weights.stride, weights.stride};
+    tile.scale = scale;
+    tile.improves = reinterpret_cast<uint32_t*>(improves + n0);
+    std::fill_n(tile.improves, tile.count, 0u);
     for (int64_t t = 0; t < trials; t += kGroup) {
       const T* group = packed + t * padded<T>(rows.features);
-      compare_for<T>(std::min<int64_t>(kGroup, trials - t))(tile, group, rows.features, closest + n0, t);
-    }
-    for (int64_t i = 0; i < tile.count; ++i) {
-      uint32_t mask = tile.improves[i];
-      improves[n0 + i] = static_cast<int32_t>(mask);
-      if (mask == 0) continue;
-      const double weight = weights[n0 + i];
-      const int64_t whole = to_integer(closest[n0 + i], weight, scale);
-      for (; mask; mask &= mask - 1) {
-        const int t = __builtin_ctz(mask);
-        gains[t] += whole - to_integer(tile.distances[i][t], weight, scale);
-      }
+      compare_for<T>(std::min<int64_t>(kGroup, trials - t))(tile, group, t, gains);
     }
   }
 }
@@ -196,9 +234,9 @@ void lower(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const 
     if (improves && !(static_cast<uint32_t>(improves[n]) >> bit & 1)) continue;
     const T* x = row_as<T>(rows, b, n, 0, rows.features, wide.data());
     const T before = closest[n];
-    T distance[kGroup];
-    if (!distances_to<1>(x, centroid, rows.features, before, distance)) continue;
-    closest[n] = distance[0];
+    const T distance = distance_to(x, centroid, rows.features);
+    if (!(distance < before)) continue;
+    closest[n] = distance;
     lowered(n, before);
   }
 }
