@@ -146,7 +146,7 @@ def kmeans(
             report=report,
         )
     rounds = 0 if empty == "keep" else _CAPTURED_ROUNDS if capturing else k
-    settled = settle(rows, fit.centroids, fit.labels, rounds=rounds, look=not capturing)
+    settled = settle(rows, fit.centroids, rounds=rounds, look=not capturing)
     best = _best(rows, fit, settled)
     if empty != "keep" and not capturing:
         _warn_of_surplus(best.n_empty, k)

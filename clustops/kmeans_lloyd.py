@@ -20,10 +20,9 @@ Report = Callable[[KMeansProgress], None]
 
 
 class Fit(NamedTuple):
-    """Where the iteration ended; ``labels [E, N]`` are those before the last move, the rest is ``[E]``."""
+    """Where the iteration ended; all but ``centroids [E, K, D]`` are ``[E]``."""
 
-    centroids: Tensor  # [E, K, D]
-    labels: Tensor | None
+    centroids: Tensor
     n_iter: Tensor
     converged: Tensor
     n_repaired: Tensor
@@ -71,10 +70,10 @@ def lloyd(
     e = centroids.shape[0]
     x = _small(rows, centroids, empty) if tolerance is None and report is None and max_iter > 0 else None
     if x is not None:
-        centroids, labels, repaired, still = torch.ops.clustops.kmeans_iterate(
+        centroids, _, repaired, still = torch.ops.clustops.kmeans_iterate(
             x, centroids, rows.weights, rows.grid, max_iter, rows.metric == "cosine", empty, int64(seed)
         )
-        return Fit(centroids, labels, torch.full_like(repaired, max_iter), still == 1, repaired)
+        return Fit(centroids, torch.full_like(repaired, max_iter), still == 1, repaired)
     active = torch.ones(e, dtype=torch.bool, device=rows.device)
     still = ~active
     n_iter = torch.zeros(e, dtype=torch.int64, device=rows.device)
@@ -103,8 +102,7 @@ def lloyd(
                     report(replace(progress, iteration=again))
             n_iter = torch.full_like(n_iter, max_iter)
             break
-    labels = None if assigned is None else assigned.labels
-    return Fit(centroids, labels, n_iter, still if tolerance is None else ~active, n_repaired)
+    return Fit(centroids, n_iter, still if tolerance is None else ~active, n_repaired)
 
 
 def _small(rows: Rows, centroids: Tensor, empty: str) -> Tensor | None:

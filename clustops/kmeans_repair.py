@@ -87,7 +87,7 @@ class Settled(NamedTuple):
     n_repaired: Tensor
 
 
-def settle(rows: Rows, centroids: Tensor, warm: Tensor | None, *, rounds: int, look: bool) -> Settled:
+def settle(rows: Rows, centroids: Tensor, *, rounds: int, look: bool) -> Settled:
     """The final assignment, repaired until no cluster is empty that need not be.
 
     Each round the farthest rows, at most one of each cluster, become the centroids of empty clusters, and all
@@ -96,13 +96,12 @@ def settle(rows: Rows, centroids: Tensor, warm: Tensor | None, *, rounds: int, l
     distinct rows than clusters this ends with every row on a centroid and the surplus empty.
 
     Args:
-        warm: ``[E, N]``, guesses of the labels.
         rounds: at most so many; ``K`` always suffice.
         look: stop early, which asks the host.
     """
     k = centroids.shape[1]
     repaired = torch.zeros(centroids.shape[0], dtype=torch.int64, device=centroids.device)
-    labels, distances = rows.assign(centroids, warm)
+    labels, distances = rows.assign(centroids)
     counts = rows.count(labels, k)
     for _ in range(rounds):
         if look and not bool((counts == 0).any()):
@@ -116,7 +115,7 @@ def settle(rows: Rows, centroids: Tensor, warm: Tensor | None, *, rounds: int, l
         index = torch.where(used, farthest.gather(1, donor), -1)
         centroids = replace(centroids, torch.where(used, empty, k), rows.take(index))
         repaired = repaired + used.sum(1)
-        labels, distances = rows.assign(centroids, labels)
+        labels, distances = rows.assign(centroids)
         counts = rows.count(labels, k)
     return Settled(centroids, labels, distances, counts, repaired)
 

@@ -127,15 +127,9 @@ class Rows:
             return None
         return self.source.at_once()
 
-    def assign(self, centroids: Tensor, warm: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``.
-
-        Args:
-            warm: ``[E, N]``, guesses of the labels; good ones save time.
-        """
-        parts = [
-            self._nearest(chunk, centroids, rows, warm) for rows, chunk in self.chunks(self.copies(centroids))
-        ]
+    def assign(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        """Nearest of ``centroids [E, K, D]`` for each row: labels and squared distances ``[E, N]``."""
+        parts = [self._nearest(chunk, centroids) for _, chunk in self.chunks(self.copies(centroids))]
         return joined([labels for labels, _ in parts]), joined([distances for _, distances in parts])
 
     def assign_and_sum(self, centroids: Tensor, before: Assigned | None = None) -> Assigned:
@@ -151,12 +145,12 @@ class Rows:
             counts = torch.zeros((e, k), dtype=torch.int64, device=self.device)
         else:
             sums, counts = before.sums, before.counts
-        warm = None if before is None else before.labels
+        old = None if before is None else before.labels
         found, far = [], []
         for rows, chunk in self.chunks(copies):
-            labels, distances = self._nearest(chunk, centroids, rows, warm)
+            labels, distances = self._nearest(chunk, centroids)
             weights = repeat(self.weights[:, rows], copies)
-            self.add_rows(sums, counts, chunk, labels, weights, None if warm is None else warm[:, rows])
+            self.add_rows(sums, counts, chunk, labels, weights, None if old is None else old[:, rows])
             found.append(labels)
             far.append(distances)
         sums, counts = all_reduce_sum_together([sums, counts], self.group)
@@ -164,11 +158,8 @@ class Rows:
             sums, counts = sums + before.sums, counts + before.counts
         return Assigned(joined(found), joined(far), sums, counts)
 
-    def _nearest(
-        self, chunk: Tensor, centroids: Tensor, rows: slice, warm: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        guess = None if warm is None else warm[:, rows]
-        nearest = torch.ops.clustops.kmeans_assign(chunk, centroids, 1, guess, self.precision)
+    def _nearest(self, chunk: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+        nearest = torch.ops.clustops.kmeans_assign(chunk, centroids, 1, self.precision)
         labels, distances = (t.squeeze(-1) for t in nearest)
         return labels, distances
 

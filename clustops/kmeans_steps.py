@@ -71,7 +71,6 @@ def kmeans_assign(
             arguments.batched(unit_rows(rows) if metric == "cosine" else rows, 3),
             arguments.batched(centres, 3),
             top,
-            None,
             precision,
         )
     labels, distances = (_unbatched(t.squeeze(-1) if top == 1 else t, rows) for t in found)
@@ -84,7 +83,7 @@ def assign_chunks(
     """The op ``kmeans_assign`` chunk by chunk for one problem: labels and distances ``[1, N, top]``."""
     centroids = centroids.unsqueeze(0).to(source.device)
     parts = [
-        torch.ops.clustops.kmeans_assign(chunk, centroids, top, None, precision)
+        torch.ops.clustops.kmeans_assign(chunk, centroids, top, precision)
         for _, chunk in source.checked_chunks(top)
     ]
     labels, distances = (torch.cat(list(found), dim=1) for found in zip(*parts, strict=True))

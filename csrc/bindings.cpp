@@ -122,9 +122,12 @@ void bind_kmeans(py::module_& m) {
       [](const Tensor& x, const Tensor& centroids, const Tensor& labels, const Tensor& distances,
          const Tensor& workspace, int threads) {
         threads = threads < 1 ? 1 : threads;
-        const int64_t size = workspace_of_assign(x, centroids, threads);
-        cpu::kernels().kmeans_assign(
-            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cpu), threads);
+        const bool one = labels.dims == 3 && labels.shape[2] == 1;
+        const int64_t size = one ? workspace_of_assign(x, centroids, threads) : 0;
+        const auto problem =
+            clustops::kmeans_assign_arguments(x, centroids, labels, distances, workspace, size, Device::cpu);
+        one ? cpu::kernels().kmeans_assign(problem, threads)
+            : cpu::kernels().kmeans_nearest(problem, labels.shape[2], threads);
       },
       py::call_guard<py::gil_scoped_release>());
 }

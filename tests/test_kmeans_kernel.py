@@ -212,14 +212,14 @@ def test_registration_passes_opcheck(top: int, device: str) -> None:
 def test_a_mistake_behind_the_checks_is_an_exception() -> None:
     view, kernel = native.view, native.extension.kmeans_assign
     x, centroids = torch.randn(1, 4, 3), torch.randn(1, 2, 3)
-    labels, distances = torch.empty(1, 4, dtype=torch.int64), torch.empty(1, 4)
+    labels, distances = torch.empty(1, 4, 1, dtype=torch.int64), torch.empty(1, 4, 1)
     workspace = torch.empty(native.extension.kmeans_assign_workspace(view(x), view(centroids), 1))
     good = {"x": x, "centroids": centroids, "labels": labels, "distances": distances, "workspace": workspace}
     bad = {
         "x": torch.randn(4, 3),
         "centroids": torch.randn(1, 2, 4),
         "labels": labels.int(),
-        "distances": torch.empty(1, 8)[:, ::2],
+        "distances": torch.empty(1, 8, 1)[:, ::2],
         "workspace": workspace[1:],
     }
     kernel(*(view(t) for t in good.values()), 1)

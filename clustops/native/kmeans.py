@@ -9,49 +9,36 @@ from ..reference import kmeans_ops as ops
 from . import extension, register, view
 
 
-def _fake(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
-) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1], top)
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=ops.accumulator(x.dtype))
 
 
-def _prepare(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows with neighbouring features (at any stride otherwise), and room for the result."""
-    dtype = ops.accumulator(x.dtype)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    labels = x.new_empty(x.shape[:2], dtype=torch.int64)
-    return x, centroids.to(dtype).contiguous(), labels, x.new_empty(x.shape[:2], dtype=dtype)
+def _prepare(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows with neighbouring features (at any stride otherwise), centroids, and room for the result."""
+    shape, dtype = (*x.shape[:2], top), ops.accumulator(x.dtype)
+    rows = x if x.stride(-1) == 1 else x.contiguous()
+    labels, distances = x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype)
+    return rows, centroids.to(dtype).contiguous(), labels, distances
 
 
-def _cpu(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
-) -> tuple[Tensor, Tensor]:
-    if top != 1:
-        return ops.assign_l2(x, centroids, top)
-    x, centroids, labels, distances = _prepare(x, centroids)
-    threads = torch.get_num_threads()
-    rows, centres = view(x), view(centroids)
-    workspace = torch.empty(extension.kmeans_assign_workspace(rows, centres, threads))
-    extension.kmeans_assign(rows, centres, view(labels), view(distances), view(workspace), threads)
-    return labels.unsqueeze(-1), distances.unsqueeze(-1)
+def _cpu(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
+    x, centroids, labels, distances = _prepare(x, centroids, top)
+    threads, rows, centres = torch.get_num_threads(), view(x), view(centroids)
+    size = extension.kmeans_assign_workspace(rows, centres, threads) if top == 1 else 0
+    extension.kmeans_assign(rows, centres, view(labels), view(distances), view(torch.empty(size)), threads)
+    return labels, distances
 
 
 _LONGEST = 64  # nearest centroids that the GPU kernel sorts by insertion; above it the reference is faster
 
 
-def _cuda(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
-) -> tuple[Tensor, Tensor]:
+def _cuda(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
     if top > _LONGEST:
         return ops.assign_l2(x, centroids, top)
     precision = precision or torch.get_float32_matmul_precision()
-    (b, n, d), k = x.shape, centroids.shape[1]
-    dtype = ops.accumulator(x.dtype)
-    x, centroids = x if x.stride(-1) == 1 else x.contiguous(), centroids.to(dtype).contiguous()
-    labels, distances = x.new_empty((b, n, top), dtype=torch.int64), x.new_empty((b, n, top), dtype=dtype)
-    rows = view(x)
+    x, centroids, labels, distances = _prepare(x, centroids, top)
+    (b, n, d), k, rows = x.shape, centroids.shape[1], view(x)
     size = extension.kmeans_assign_cuda_workspace(b, n, k, d, top, rows, precision)
     workspace = x.new_empty(size // 4, dtype=torch.float32)
     with torch.cuda.device(x.device):
@@ -63,7 +50,7 @@ def _cuda(
 
 
 register(
-    "kmeans_assign(Tensor x, Tensor centroids, int top, Tensor? warm=None, str? precision=None)"
+    "kmeans_assign(Tensor x, Tensor centroids, int top, str? precision=None)"
     " -> (Tensor labels, Tensor distances)",
     reference=ops.assign_l2,
     fake=_fake,

@@ -44,14 +44,11 @@ def squared_distances(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cdist(x.contiguous(), centroids.contiguous(), compute_mode=direct).square()
 
 
-def assign_l2(
-    x: Tensor, centroids: Tensor, top: int, warm: Tensor | None = None, precision: str | None = None
-) -> tuple[Tensor, Tensor]:
+def assign_l2(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
     """The ``top`` nearest centroids of each row, nearest first, ties to the lowest index.
 
     Args:
         x: ``[B, N, D]``. centroids: ``[B, K, D]``. top: in ``[1, K]``.
-        warm: ``[B, N]`` int64, guesses of the labels; they change no result.
         precision: the lowest in which a kernel may multiply; ``None``: torch's setting.
 
     Returns:

@@ -6,12 +6,12 @@
 
 namespace clustops {
 
-// For each row of x the nearest centroid (squared L2, ties to the lowest index) and the distance to it.
+// For each row of x the nearest centroid (squared L2, ties to the lowest index) and the distance to it; or the few nearest.
 struct KMeansAssign {
   const void* x;          // [problems, rows, features], rows and problems at any stride
   const void* centroids;  // [problems, clusters, features]: float64 if x is, float32 if not, as are the distances
-  int64_t* labels;        // [problems, rows]
-  void* distances;        // [problems, rows]
+  int64_t* labels;        // [problems, rows], or [problems, rows, top]
+  void* distances;        // likewise
   float* workspace;       // kmeans_assign_workspace() floats; none on a GPU
   int64_t problems, rows, clusters, features;
   int64_t problem_stride, row_stride;  // of x, in elements

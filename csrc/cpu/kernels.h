@@ -13,6 +13,7 @@ namespace clustops::cpu {
 struct Kernels {
   int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
   void (*kmeans_assign)(const KMeansAssign& problem, int threads);
+  void (*kmeans_nearest)(const KMeansAssign& problem, int64_t top, int threads);
   void (*kmeans_bounds)(const KMeansBounds& problem, int threads);
   void (*kmeans_sums)(const KMeansSums& problem, int threads);
   void (*kmeans_means)(const KMeansMeans& problem, int threads);
