@@ -525,3 +525,21 @@ def test_splits_are_the_reference_s_bit_for_bit(
     centroids, child = splitting.split(means, farthest, counts, seed, restarts, 7)
     assert_bits(found.take(dtype, e, k, d), centroids)
     assert_bits(found.take(torch.int64, e, k), child)
+
+
+def test_a_split_whose_step_is_lost_in_rounding_goes_the_whole_way(program: Path) -> None:
+    means = torch.full((1, 2, 1), 1e6)
+    farthest, counts = means + 0.0625, torch.tensor([[2, 0]])
+    found = Results(program, "split", 0, torch.float32, [1, 2, 1, 1, 0, 0], means, farthest, counts)
+    assert found.take(torch.float32, 1, 2, 1).flatten().tolist() == [1e6, 1e6 + 0.0625]
+
+
+def test_a_draw_at_the_upper_end_takes_the_last_row_that_has_a_weight(program: Path) -> None:
+    x, weights = torch.arange(40.0).view(1, 40, 1), torch.rand(1, 40, generator=generator(0)).double()
+    weights[0, 37:] = 0
+    uniform = torch.full((1, 6), 1 - 2.0**-53, dtype=torch.float64)
+    chosen = Results(program, "seed", 0, x.dtype, [1, 40, 1, 1, 3, 2], x, weights, uniform).take(
+        torch.int64, 1, 3
+    )
+    assert chosen[0, 0] == 36
+    assert torch.equal(chosen, seeding.seed(x, weights, uniform, 3))
