@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DEVICES, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
@@ -67,6 +67,97 @@ def test_labels_are_right_in_tight_groups_far_apart(n: int, k: int, d: int, seed
         return 0.05 * torch.randn(1, rows, d, generator=g) + apart * group
 
     check_against_fp64(draw(n), draw(k))
+
+
+def decaying(rows: int, d: int, generator: torch.Generator) -> Tensor:
+    """A few directions carry nearly everything, as in images."""
+    scale = 8.0 ** -torch.arange(d).double()
+    x = torch.randn(1, rows, d, generator=generator, dtype=torch.float64) * scale.clamp(min=1e-3)
+    turn, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(d)).double())
+    return x @ turn
+
+
+def grouped(rows: int, d: int, generator: torch.Generator) -> Tensor:
+    """Tight groups far apart."""
+    group = torch.randint(-1, 2, (1, rows, 1), generator=generator)
+    return 1e-4 * torch.randn(1, rows, d, generator=generator).double() + group
+
+
+def gaussian(rows: int, d: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(1, rows, d, generator=generator).double()
+
+
+@needs_extension
+@settings(max_examples=40)
+@given(
+    n=odd_sizes,
+    k=st.sampled_from([1, 4, 5, 16, 17, 63, 130, 300]),
+    d=st.sampled_from([1, 3, 16, 20, 32, 33, 70, 257]),
+    seed=seeds,
+    draw=st.sampled_from([decaying, grouped, gaussian]),
+    scale=st.sampled_from([1.0, 1e-15, 1e-25, 1e15, 3e17]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+)
+@pytest.mark.usefixtures("instruction_set")
+def test_the_label_is_the_argmin_of_direct_distances_bit_for_bit(
+    n: int,
+    k: int,
+    d: int,
+    seed: int,
+    draw: Callable[[int, int, torch.Generator], Tensor],
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    g = generator(seed)
+    scale = 1.0 if dtype == torch.float16 else scale
+    x, centroids = (draw(n, d, g) * scale).to(dtype), (draw(k, d, g) * scale).to(dtype)
+    nearest, distances = assign(x, centroids, 1)
+    ranked, sorted_distances = assign(x, centroids, k)
+    assert torch.equal(nearest, ranked[..., :1])
+    assert torch.equal(distances, sorted_distances[..., :1])
+
+
+@needs_extension
+@pytest.mark.usefixtures("instruction_set")
+def test_thousands_of_centroids_in_images_of_few_directions() -> None:
+    g = generator(0)
+    x, centroids = decaying(300, 24, g).float(), decaying(2100, 24, g).float()
+    nearest, distances = assign(x, centroids, 1)
+    ranked, sorted_distances = assign(x, centroids, 2)
+    assert torch.equal(nearest, ranked[..., :1])
+    assert torch.equal(distances, sorted_distances[..., :1])
+    check_against_fp64(x, centroids)
+
+
+@needs_extension
+@given(n=small_sizes, k=odd_sizes, d=small_sizes, seed=seeds)
+@pytest.mark.usefixtures("instruction_set")
+def test_float64_rows_tell_centroids_apart_that_float32_cannot(n: int, k: int, d: int, seed: int) -> None:
+    g = generator(seed)
+    centroids = 1 + 1e-11 * torch.randn(1, k, d, generator=g).double()
+    x = 1 + 1e-11 * torch.randn(1, n, d, generator=g).double()
+    exact = (x.unsqueeze(2) - centroids.unsqueeze(1)).square().sum(-1)
+    labels, distances = assign(x, centroids, 1)
+    torch.testing.assert_close(
+        exact.gather(-1, labels), exact.min(-1, keepdim=True).values, rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(distances, exact.min(-1, keepdim=True).values, rtol=1e-12, atol=0)
+
+
+@needs_extension
+@given(n=small_sizes, k=odd_sizes, d=odd_sizes, seed=seeds, top=st.integers(1, 9), half=st.booleans())
+@pytest.mark.usefixtures("instruction_set")
+def test_the_few_nearest_equal_the_reference(n: int, k: int, d: int, seed: int, top: int, half: bool) -> None:
+    g = generator(seed)
+    top = min(top, k)
+    x, centroids = torch.randint(-3, 4, (2, n, d), generator=g), torch.randint(-3, 4, (2, k, d), generator=g)
+    x, centroids = (t.to(torch.bfloat16 if half else torch.float32) for t in (x, centroids))
+    if n > 1:
+        x[0, 1] = torch.nan
+    labels, distances = assign(x, centroids, top)
+    expected, squares = assign_l2(x, centroids, top)
+    assert torch.equal(labels, expected)
+    torch.testing.assert_close(distances, squares, equal_nan=True, rtol=1e-5, atol=0)
 
 
 @needs_extension
