@@ -17,10 +17,13 @@ from torch import Tensor
 SOURCES = Path(__file__).parent / "native"
 COMPILER = shutil.which("g++")
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 SETS = {
     "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
@@ -36,7 +39,7 @@ def build(folder: Path, source: str, *flags: str) -> Path:
 def runnable(name: str) -> bool:
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return name == "baseline" or {"avx2": "avx2", "avx512": "avx512vl"}[name] in flags
+    return name == "baseline" or {"avx2": "avx2", "avx512": "avx512vl", "amx": "amx_bf16"}[name] in flags
 
 
 def assign(program: Path, x: Tensor, centroids: Tensor, option: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,14 @@
 #include <cstdlib>
 #include <vector>
 
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../../csrc/cpu/kmeans_amx.cpp"
+#else
 #include "../../csrc/cpu/kmeans.cpp"
+#endif
 
 namespace {
 
@@ -24,6 +31,9 @@ void write(const std::vector<T>& values) {
 }  // namespace
 
 int main() {
+#ifdef __AMX_BF16__
+  if (syscall(SYS_arch_prctl, 0x1023, 18) != 0) return 4;  // the process must ask before it uses tiles
+#endif
   const std::vector<int64_t> size = read<int64_t>(5);
   const int64_t b = size[0], n = size[1], k = size[2], d = size[3];
   const int threads = static_cast<int>(size[4]);
