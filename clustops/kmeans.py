@@ -107,10 +107,11 @@ def kmeans(
     ranks, and for a problem alone or in a batch.
 
     Cost: ``N K D`` multiply-adds an iteration, and about ``log(k)`` such to start with k-means++, which reads
-    ``x`` ``2 k`` times. Memory beside ``x``: O(N + K D), times ``n_init``, and a few chunks (of 2^22 numbers
-    where slices are read). With ``tol=0`` iterations on a GPU
-    do not wait for the host; the check for empty clusters at the end does, except while a CUDA graph is
-    captured, where two rounds of repair replace it.
+    ``x`` about ``k`` times, ``2 k`` times where it comes in chunks. An iteration sums up only rows whose
+    label changed, and on a CPU those are not computed that would repeat the one before. Memory beside ``x``:
+    O(N + K D), times ``n_init``, and a few chunks (of 2^22 numbers where slices are read). With ``tol=0``
+    iterations on a GPU do not wait for the host; the check for empty clusters at the end does, except while a
+    CUDA graph is captured, where two rounds of repair replace it.
 
     >>> x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     >>> result = kmeans(x, 2)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
-from .kmeans_select import integer_potential, ordinals, pick, top_rows
-from .reference.kmeans_ops import PLUS_PLUS, RANDOM_ROWS, draw
+from .kmeans_select import draws, integer_potential, ordinals, pick, top_rows
+from .reference.kmeans_ops import PLUS_PLUS, RANDOM_ROWS
 
 
 def trials(k: int) -> int:
@@ -22,10 +22,7 @@ def random_rows(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
 
     Where a problem has fewer rows than that, its first choice fills up.
     """
-    position = ordinals(rows)
-    score = torch.stack([draw(seed, RANDOM_ROWS, r, 0, position) for r in range(restarts)], dim=1).flatten(
-        0, 1
-    )
+    score = draws(ordinals(rows), seed, RANDOM_ROWS, restarts)
     index = top_rows(rows, torch.where(repeat(rows.weights, restarts) > 0, score, -torch.inf), k)
     return rows.take(torch.where(index >= 0, index, index[:, :1]))
 
@@ -38,10 +35,8 @@ def plus_plus(rows: Rows, k: int, *, seed: int, restarts: int) -> Tensor:
     distinct rows than ``k``) the first centroid fills up.
     """
     t = trials(k)
-    position = torch.arange(k * t, device=rows.device)
-    uniform = torch.stack([draw(seed, PLUS_PLUS, r, 0, position) for r in range(restarts)]).repeat(
-        rows.batch, 1
-    )
+    position = torch.arange(k * t, device=rows.device).unsqueeze(0)
+    uniform = draws(position, seed, PLUS_PLUS, restarts).repeat(rows.batch, 1)
     x = rows.at_once()
     if x is not None:
         return rows.take(torch.ops.clustops.kmeans_seed(x, rows.weights, uniform, k))

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kmeans_repair import int64, move_sums, relocate, relocation_scores, split
+from .kmeans_repair import move_sums, relocate, relocation_scores, split
 from .kmeans_rows import Assigned, Rows, repeat
+from .kmeans_select import int64
 from .native.kmeans_iterate import fits
 from .reference.kmeans import KMeansProgress
 from .reference.kmeans_iterate import unit_means

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .kmeans_rows import Rows, repeat
-from .kmeans_select import extreme_members, ordinals, top_rows
-from .reference.kmeans_ops import RELOCATE, draw
+from .kmeans_select import draws, extreme_members, int64, ordinals, top_rows
+from .reference.kmeans_ops import RELOCATE
 from .reference.kmeans_split import replace
 
 
@@ -124,11 +124,7 @@ def relocation_scores(rows: Rows, distances: Tensor, policy: str, seed: int, ite
     """By what ``relocate`` chooses: the distance for ``"farthest"``, random numbers for ``"random"``."""
     if policy == "farthest":
         return distances
-    position = ordinals(rows)
-    restarts = rows.copies(distances)
-    return torch.stack(
-        [draw(seed, RELOCATE, r, iteration, position) for r in range(restarts)], dim=1
-    ).flatten(0, 1)
+    return draws(ordinals(rows), seed, RELOCATE, rows.copies(distances), iteration)
 
 
 def split_rounds(
@@ -168,8 +164,3 @@ def empty_first(counts: Tensor) -> Tensor:
     k = counts.shape[1]
     cluster = torch.arange(k, device=counts.device).expand_as(counts)
     return torch.where(counts == 0, cluster, k).sort(dim=1).values
-
-
-def int64(seed: int) -> int:
-    """``seed`` mod 2^64, as an op takes it."""
-    return (seed + 2**63) % 2**64 - 2**63

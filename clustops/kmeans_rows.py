@@ -7,6 +7,7 @@ results do not depend on how the rows are cut into chunks or spread over ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,7 @@ class Rows:
         self.weights = self._effective(weights)
         self.offset, self.n_total = self._place()
         self.n_valid = all_reduce_sum((self.weights > 0).sum(1), group)
-        self.grid = units(self._bounds(), self.n_valid)
+        self.bounds = self._bounds()
 
     def _effective(self, weights: Tensor | None) -> Tensor:
         one = torch.ones((), dtype=torch.float64, device=self.device).expand(self.batch, self.n)
@@ -99,6 +100,11 @@ class Rows:
             return 0, self.n
         before, total = self.before(torch.full((1,), self.n, device=self.device))
         return int(before), int(total)
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """The grids of all sums, ``[B, 2, D + 1]``."""
+        return units(self.bounds, self.n_valid)
 
     def _bounds(self) -> Tensor:
         """The largest magnitude in each column over all ranks: ``[B, D + 1]``."""

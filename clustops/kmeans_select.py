@@ -15,6 +15,17 @@ from .reference.kmeans_seeding import integer_scale, to_integer
 from .reference.kmeans_split import NOWHERE
 
 
+def int64(seed: int) -> int:
+    """``seed`` mod 2^64, as an op takes it."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def draws(position: Tensor, seed: int, use: int, restarts: int, iteration: int = 0) -> Tensor:
+    """Uniform float64 numbers ``[B * restarts, M]`` for ``[B, M]`` positions, another stream a restart."""
+    uniform: Tensor = torch.ops.clustops.kmeans_draws(position, int64(seed), use, restarts, iteration)
+    return uniform
+
+
 def ordinals(rows: Rows) -> Tensor:
     """How many rows of positive weight come before each row: ``[B, N]``."""
     valid = (rows.weights > 0).to(torch.int64)

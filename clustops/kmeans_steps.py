@@ -164,7 +164,8 @@ def kmeans_plus_plus(x: Any, k: int, *, weights: Any = None, seed: int = 0) -> A
     Raises:
         TypeError, ValueError: an argument is not as above, or has a NaN or an infinity.
 
-    Cost: ``N k D (2 + log k)`` multiply-adds; ``x`` is read ``2 k`` times. Memory: O(N + k D).
+    Cost: ``N k D (2 + log k)`` multiply-adds; ``x`` is read about ``k`` times, ``2 k`` times where it comes
+    in chunks. Memory: O(N + k D).
 
     >>> kmeans_plus_plus(torch.tensor([[0.0], [0.0], [9.0]]), 2).sort(0).values
     tensor([[0.],

@@ -190,6 +190,13 @@ void bind_kmeans_seeding(py::module_& m) {
                                       threads);
       },
       release());
+  m.def(
+      "kmeans_draws",
+      [](const Tensor& position, const Tensor& draws, int64_t seed, int64_t first_stream, int64_t step, int threads) {
+        cpu::kernels().kmeans_draws(
+            clustops::kmeans_draws_arguments(position, draws, seed, first_stream, step, Device::cpu), threads);
+      },
+      release());
   const auto workspace_of = [](const Tensor& x, const Tensor& uniform, int64_t k, int threads) -> int64_t {
     if (x.dims != 3 || uniform.dims != 2 || k < 1) return 0;
     clustops::KMeansRows rows{};

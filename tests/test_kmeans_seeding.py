@@ -14,6 +14,7 @@ from torch import Tensor
 from clustops import kmeans_rows as _registered  # noqa: F401
 from clustops import native
 from clustops.kmeans import kmeans_plus_plus
+from clustops.reference import kmeans_ops
 from clustops.reference import kmeans_seeding as reference
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no extension: {native.why_not}")
@@ -214,6 +215,21 @@ def test_chunks_and_one_piece_choose_the_same_rows(monkeypatch: pytest.MonkeyPat
     assert torch.equal(kmeans_plus_plus(x, 12), expected)
 
 
+@needs_extension
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    use=st.integers(0, 3),
+    restarts=st.integers(1, 3),
+    iteration=st.integers(0, 2**31 - 1),
+    n=odd_sizes,
+)
+@pytest.mark.usefixtures("instruction_set")
+def test_draws_are_the_reference_s(seed: int, use: int, restarts: int, iteration: int, n: int) -> None:
+    position = torch.randint(0, 2**62, (2, n), generator=generator(n))
+    expected = kmeans_ops.draws(position, seed, use, restarts, iteration)
+    assert torch.equal(ops.kmeans_draws(position, seed, use, restarts, iteration), expected)
+
+
 def samples(device: str) -> dict[str, tuple[Tensor | int | None, ...]]:
     x = integers(0, 2, 9, 3).to(device)
     weights = torch.ones((), dtype=torch.float64, device=device).expand(4, 9)
@@ -223,6 +239,7 @@ def samples(device: str) -> dict[str, tuple[Tensor | int | None, ...]]:
     scale = torch.full((4,), 2.0**50, dtype=torch.float64, device=device)
     chosen = torch.tensor([0, 1, 0, 1], device=device)
     return {
+        "kmeans_draws": (torch.arange(6, device=device).view(2, 3), -1, 1, 2, 5),
         "kmeans_seed": (x, weights[:2], uniforms(0, 4, 6).to(device), 3),
         "kmeans_potentials": (x, candidates, closest, weights, scale),
         "kmeans_closest_": (closest, x, candidates[:, :1], improves, chosen),

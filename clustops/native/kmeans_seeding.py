@@ -1,14 +1,19 @@
-"""clustops::kmeans_seed, kmeans_potentials, kmeans_closest_: where k-means starts."""
+"""clustops::kmeans_seed, kmeans_draws, kmeans_potentials, kmeans_closest_: where k-means starts."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ..reference import kmeans_ops
 from ..reference import kmeans_seeding as reference
 from . import extension, register
 from . import kmeans_steps_cpu as cpu
 from . import kmeans_steps_cuda as cuda
+
+
+def _fake_draws(position: Tensor, seed: int, use: int, restarts: int, iteration: int) -> Tensor:
+    return position.new_empty((position.shape[0] * restarts, position.shape[1]), dtype=torch.float64)
 
 
 def _fake_seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
@@ -35,6 +40,12 @@ def _fake_closest(
 _cpu = hasattr(extension, "kmeans_seed")
 _cuda = hasattr(extension, "kmeans_seed_cuda")
 
+register(
+    "kmeans_draws(Tensor position, int seed, int use, int restarts, int iteration) -> Tensor",
+    reference=kmeans_ops.draws,
+    fake=_fake_draws,
+    cpu=cpu.draws if _cpu else None,
+)
 register(
     "kmeans_seed(Tensor x, Tensor weights, Tensor uniform, SymInt k) -> Tensor",
     reference=reference.seed,

@@ -1,4 +1,4 @@
-"""The steps of k-means other than the assignment on a CPU: results and workspace allocated, kernels called."""
+"""The steps of k-means other than the assignment on a CPU: results and workspace, calls of kernels."""
 
 from __future__ import annotations
 
@@ -107,6 +107,15 @@ def closest_(
     )
     if lowered is not closest:
         closest.copy_(lowered)
+
+
+def draws(position: Tensor, seed: int, use: int, restarts: int, iteration: int) -> Tensor:
+    """``clustops::kmeans_draws``."""
+    b, m = position.shape
+    result = position.new_empty((b * restarts, m), dtype=torch.float64)
+    given = (view(position.contiguous()), view(result), seed, use + (iteration << 32), 4)
+    extension.kmeans_draws(*given, torch.get_num_threads())
+    return result
 
 
 def seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:

@@ -24,6 +24,11 @@ def draw(seed: int, use: int, restart: int, iteration: int, position: Tensor) ->
     return uniform(seed, use + 4 * restart + (iteration << 32), position)
 
 
+def draws(position: Tensor, seed: int, use: int, restarts: int, iteration: int) -> Tensor:
+    """``draw`` for each restart: ``[B, M]`` positions to ``[B * restarts, M]``, restarts side by side."""
+    return torch.stack([draw(seed, use, r, iteration, position) for r in range(restarts)], 1).flatten(0, 1)
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 input, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -84,6 +84,25 @@ KMeansClosest kmeans_closest_arguments(const Tensor& closest, const Tensor& x, c
           closest.strides[0]};
 }
 
+KMeansDraws kmeans_draws_arguments(const Tensor& position, const Tensor& draws, int64_t seed, int64_t first_stream,
+                                   int64_t stream_step, Device device) {
+  expect_dims(position, "position", 2);
+  expect_dims(draws, "draws", 2);
+  const int64_t problems = position.shape[0], positions = position.shape[1], entries = draws.shape[0];
+  expect_entries(entries, problems);
+  expect(position, "position", DType::i64, device, {problems, positions});
+  expect(draws, "draws", DType::f64, device, {entries, positions});
+  expect_one_device(position, {&draws});
+  return {position.as<const int64_t>(),
+          draws.as<double>(),
+          problems,
+          problems == 0 ? 0 : entries / problems,
+          positions,
+          static_cast<uint64_t>(seed),
+          static_cast<uint64_t>(first_stream),
+          static_cast<uint64_t>(stream_step)};
+}
+
 KMeansSeed kmeans_seed_arguments(const Tensor& x, const Tensor& weights, const Tensor& uniform, const Tensor& chosen,
                                  const Tensor& workspace, int64_t workspace_size, Device device) {
   expect_dims(chosen, "chosen", 2);

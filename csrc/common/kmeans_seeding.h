@@ -29,6 +29,14 @@ struct KMeansClosest {
   int64_t entries, closest_stride;
 };
 
+// Uniform numbers of streams first_stream, first_stream + stream_step, ..: a restart each.
+struct KMeansDraws {
+  const int64_t* position;  // [problems, positions]
+  double* draws;            // [problems, restarts, positions]
+  int64_t problems, restarts, positions;
+  uint64_t seed, first_stream, stream_step;
+};
+
 // Rows to start from.
 struct KMeansSeed {
   KMeansRows rows;        // weights are [problems, rows]
@@ -43,6 +51,8 @@ KMeansPotentials kmeans_potentials_arguments(const Tensor& x, const Tensor& cand
                                              const Tensor& improves, Device device);
 KMeansClosest kmeans_closest_arguments(const Tensor& closest, const Tensor& x, const Tensor& centroid,
                                        const Tensor* improves, const Tensor* chosen, Device device);
+KMeansDraws kmeans_draws_arguments(const Tensor& position, const Tensor& draws, int64_t seed, int64_t first_stream,
+                                   int64_t stream_step, Device device);
 KMeansSeed kmeans_seed_arguments(const Tensor& x, const Tensor& weights, const Tensor& uniform, const Tensor& chosen,
                                  const Tensor& workspace, int64_t workspace_size, Device device);
 

@@ -18,6 +18,7 @@ struct Kernels {
   void (*kmeans_sums)(const KMeansSums& problem, int threads);
   void (*kmeans_means)(const KMeansMeans& problem, int threads);
   void (*kmeans_counts)(const KMeansCounts& problem, int threads);
+  void (*kmeans_draws)(const KMeansDraws& problem, int threads);
   void (*kmeans_potentials)(const KMeansPotentials& problem, int threads);
   void (*kmeans_closest)(const KMeansClosest& problem, int threads);
   int64_t (*kmeans_seed_workspace)(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);  // of int64

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/philox.h"
 #include "../common/simd_double.h"
 #include "kmeans_rows.h"
 
@@ -423,6 +424,18 @@ class Start {
 };
 
 }  // namespace
+
+void kmeans_draws(const KMeansDraws& a, int threads) {
+  const int64_t blocks = divide_up(a.positions, kBlock);
+  parallel_for(a.problems * a.restarts * blocks, threads, [&](int64_t i, int) {
+    const int64_t e = i / blocks, b = e / a.restarts, first = i % blocks * kBlock;
+    const uint64_t stream = a.first_stream + static_cast<uint64_t>(e % a.restarts) * a.stream_step;
+    for (int64_t n = first; n < std::min(first + kBlock, a.positions); ++n) {
+      const auto position = static_cast<uint64_t>(a.position[b * a.positions + n]);
+      a.draws[e * a.positions + n] = philox_uniform(a.seed, stream, position);
+    }
+  });
+}
 
 void kmeans_potentials(const KMeansPotentials& a, int threads) {
   const KMeansRows& rows = a.rows;

@@ -10,6 +10,7 @@ void kmeans_bounds(const KMeansBounds& problem, int threads);
 void kmeans_sums(const KMeansSums& problem, int threads);
 void kmeans_means(const KMeansMeans& problem, int threads);
 void kmeans_counts(const KMeansCounts& problem, int threads);
+void kmeans_draws(const KMeansDraws& problem, int threads);
 void kmeans_potentials(const KMeansPotentials& problem, int threads);
 void kmeans_closest(const KMeansClosest& problem, int threads);
 int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);
@@ -19,9 +20,20 @@ double measure_exp(double seconds, int threads);
 double measure_stream(int64_t bytes, double seconds, int threads);
 
 extern const Kernels table;
-const Kernels table = {kmeans_assign_workspace, kmeans_assign, kmeans_nearest, kmeans_bounds, kmeans_sums,
-                       kmeans_means,            kmeans_counts,     kmeans_potentials,
-                       kmeans_closest,          kmeans_seed_workspace, kmeans_seed,
-                       measure_fma,             measure_exp,       measure_stream};
+const Kernels table = {kmeans_assign_workspace,
+                       kmeans_assign,
+                       kmeans_nearest,
+                       kmeans_bounds,
+                       kmeans_sums,
+                       kmeans_means,
+                       kmeans_counts,
+                       kmeans_draws,
+                       kmeans_potentials,
+                       kmeans_closest,
+                       kmeans_seed_workspace,
+                       kmeans_seed,
+                       measure_fma,
+                       measure_exp,
+                       measure_stream};
 
 }  // namespace clustops::cpu::CLUSTOPS_ISA
