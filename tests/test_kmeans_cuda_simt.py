@@ -157,6 +157,20 @@ def test_hopper_gives_the_same_labels(
     assert torch.equal(found[1], others[1])
 
 
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize(
+    "apart", [1, 2, 8, 64, 128]
+)  # in one thread, in two, in one again, in two warps, in two tiles
+def test_every_row_with_a_tie_is_decided_by_distances(program: Path, apart: int, hopper: bool) -> None:
+    noise, centroids = draw(1, 70, 384, 64, 0)
+    centroids[:, apart : 2 * apart] = centroids[:, :apart]
+    own = torch.arange(70) % apart
+    x = centroids[:, own] + 0.01 * noise
+    labels, _, close = assign(program, x, centroids, apart % 3, shared=HOPPER, hopper=hopper)
+    assert torch.equal(labels[0, :, 0], own)
+    assert int(close) == 70
+
+
 def test_hopper_decides_scores_that_cancel(program: Path) -> None:
     g = generator(0)
     x, centroids = (

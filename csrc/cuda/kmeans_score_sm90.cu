@@ -102,7 +102,6 @@ __device__ void fetch_blocks(const ScoreTask& s, const Layout& at, unsigned char
     }
     if (total <= at.count) __syncthreads();
     __syncthreads();
-    __syncthreads();
   }
 }
 
@@ -191,8 +190,8 @@ __device__ void work(const ScoreTask& s, const Layout& at, unsigned char* shared
       }
     }
     __syncthreads();
+    // `chosen` is read until the next unit's rows are there; nothing else that the next unit writes is.
     with_rows(s.a.dtype, [&](auto x) { write_rows<kRows, kWorkers, decltype(x)>(s, b, first, chosen); });
-    __syncthreads();  // before the next unit writes to shared memory
   }
 }
 
