@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from clustops import native
 
 # For the benchmarks package; last, so that an installed clustops comes before these sources.
 sys.path.append(str(Path(__file__).parents[1]))
@@ -23,3 +26,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(skip)
+
+
+def instruction_sets() -> list[str]:
+    return native.extension.instruction_sets() if native.extension else []
+
+
+@pytest.fixture(params=instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each set of CPU kernels that this machine can run, in use for the test."""
+    before = native.extension.instruction_set()
+    native.extension.use_instruction_set(request.param)
+    yield request.param
+    native.extension.use_instruction_set(before)

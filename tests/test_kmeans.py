@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +22,43 @@ from support import RTOL, assert_close, generator, odd_sizes, seeds, small_sizes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clustops import kmeans_source, reference
+from clustops import kmeans_source, native, reference
 from clustops.checks import ClustopsWarning
 from clustops.kmeans import KMeansProgress, KMeansResult, kmeans, kmeans_assign
 from clustops.reference.kmeans_ops import unit_rows
+
+SETS = native.extension.instruction_sets() if native.extension else []
+
+
+@pytest.fixture(params=[*SETS, pytest.param("cuda", marks=pytest.mark.cuda)])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kernel: each set of CPU instructions, and the GPU."""
+    if request.param == "cuda":
+        for function in (kmeans, kmeans_assign):
+            monkeypatch.setattr(f"{__name__}.{function.__name__}", on_gpu(function))
+        yield
+        return
+    before = native.extension.instruction_set()
+    native.extension.use_instruction_set(request.param)
+    yield
+    native.extension.use_instruction_set(before)
+
+
+everywhere = pytest.mark.usefixtures(*(["path"] if native.extension else []))
+
+
+def on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with tensors moved to the GPU and its results moved back."""
+
+    def moved(*args: Any, **options: Any) -> Any:
+        there = {name: v.cuda() if isinstance(v, Tensor) else v for name, v in options.items()}
+        found = function(*(v.cuda() if isinstance(v, Tensor) else v for v in args), **there)
+        if isinstance(found, KMeansResult):
+            return KMeansResult(**{name: v.cpu() for name, v in vars(found).items()})
+        return tuple(v.cpu() for v in found)
+
+    return moved
+
 
 metrics = st.sampled_from(["l2", "cosine"])
 repairing = st.sampled_from(["split", "farthest", "random"])
@@ -71,6 +108,7 @@ def pick(result: KMeansResult, b: int, n: int) -> KMeansResult:
 # --- what comes back belongs together
 
 
+@everywhere
 @given(seeds, odd_sizes, small_sizes, st.integers(0, 3), metrics, policies, starts, st.booleans())
 def test_labels_counts_and_inertia_belong_to_the_returned_centroids(
     seed: int, n: int, d: int, max_iter: int, metric: str, empty: str, start: str, ties: bool
@@ -94,6 +132,7 @@ def test_labels_counts_and_inertia_belong_to_the_returned_centroids(
     assert torch.isfinite(found.centroids).all()
 
 
+@everywhere
 @pytest.mark.parametrize("max_iter", [0, 1, 2])
 def test_labels_are_not_stale_when_max_iter_ends_the_run(max_iter: int) -> None:
     x = normal(3, 300, 2)
@@ -102,6 +141,7 @@ def test_labels_are_not_stale_when_max_iter_ends_the_run(max_iter: int) -> None:
     assert torch.equal(found.labels, kmeans_assign(x, found.centroids)[0])
 
 
+@everywhere
 def test_rows_close_together_in_groups_far_apart_each_find_their_centroid() -> None:
     x = 0.05 * normal(0, 40, 8)
     x[:20] += 1e4
@@ -113,6 +153,7 @@ def test_rows_close_together_in_groups_far_apart_each_find_their_centroid() -> N
 # --- empty clusters
 
 
+@everywhere
 @given(seeds, odd_sizes, st.integers(1, 3), metrics, repairing, starts, st.integers(0, 3))
 def test_no_cluster_is_empty_beyond_the_surplus_over_distinct_rows(
     seed: int, n: int, d: int, metric: str, empty: str, start: str, max_iter: int
@@ -133,6 +174,7 @@ def test_no_cluster_is_empty_beyond_the_surplus_over_distinct_rows(
         assert f"k = {k}" in str(warning.message)
 
 
+@everywhere
 @given(seeds, repairing, starts)
 def test_every_distinct_row_has_its_cluster_when_k_is_n(seed: int, empty: str, start: str) -> None:
     x = normal(seed, 17, 3)
@@ -141,6 +183,7 @@ def test_every_distinct_row_has_its_cluster_when_k_is_n(seed: int, empty: str, s
     assert float(found.inertia) == 0
 
 
+@everywhere
 @given(seeds, repairing, starts)
 def test_clusters_are_found_among_eighty_percent_duplicates(seed: int, empty: str, start: str) -> None:
     x = normal(seed, 100, 2)
@@ -149,6 +192,7 @@ def test_clusters_are_found_among_eighty_percent_duplicates(seed: int, empty: st
     assert int(found.counts.min()) >= 1
 
 
+@everywhere
 @pytest.mark.parametrize("empty", ["split", "farthest", "random"])
 @pytest.mark.parametrize("max_iter", [0, 1, 25])
 def test_a_symmetric_pair_around_its_centroid_is_split(empty: str, max_iter: int) -> None:
@@ -157,6 +201,7 @@ def test_a_symmetric_pair_around_its_centroid_is_split(empty: str, max_iter: int
     assert found.counts.tolist() == [1, 1]
 
 
+@everywhere
 @pytest.mark.parametrize("empty", ["split", "farthest", "random"])
 @pytest.mark.parametrize("max_iter", [0, 1, 25])
 def test_a_zero_centroid_is_split(empty: str, max_iter: int) -> None:
@@ -165,6 +210,7 @@ def test_a_zero_centroid_is_split(empty: str, max_iter: int) -> None:
     assert found.counts.tolist() == [1] * 4
 
 
+@everywhere
 @pytest.mark.parametrize("offset", [0.0, 1000.0, 1e6])
 def test_clusters_one_rounding_apart_are_separated(offset: float) -> None:
     x = torch.tensor([[offset]]).repeat(4, 1)
@@ -174,6 +220,7 @@ def test_clusters_one_rounding_apart_are_separated(offset: float) -> None:
     assert found.counts.tolist() == [1] * 4
 
 
+@everywhere
 def test_equal_rows_leave_the_surplus_empty_and_say_so_once() -> None:
     x = torch.full((2, 10, 3), 0.1)
     with pytest.warns(
@@ -185,6 +232,7 @@ def test_equal_rows_leave_the_surplus_empty_and_say_so_once() -> None:
     assert found.converged.all()
 
 
+@everywhere
 def test_keep_reports_the_empty_cluster_at_its_old_centroid() -> None:
     x = normal(0, 20, 2)
     init = torch.tensor([[0.0, 0.0], [50.0, 50.0]])
@@ -198,6 +246,7 @@ def test_keep_reports_the_empty_cluster_at_its_old_centroid() -> None:
 # --- progress
 
 
+@everywhere
 @given(seeds, odd_sizes, small_sizes, metrics, repairing, starts)
 def test_inertia_rises_only_in_an_iteration_that_repaired(
     seed: int, n: int, d: int, metric: str, empty: str, start: str
@@ -239,6 +288,7 @@ def test_progress_without_tqdm_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 # --- one problem is the same alone, in a batch, padded, with weights
 
 
+@everywhere
 @given(
     seeds,
     st.integers(1, 4),
@@ -278,6 +328,7 @@ def test_a_converged_problem_moves_no_more_while_others_go_on() -> None:
         assert_same(pick(batch, i, 60), kmeans(x[i], 6, tol=0.05))
 
 
+@everywhere
 @given(seeds, small_sizes, metrics, policies, starts)
 def test_a_ragged_batch_equals_separate_calls(seed: int, d: int, metric: str, empty: str, start: str) -> None:
     x = normal(seed, 3, 40, d)
@@ -294,6 +345,7 @@ def test_a_ragged_batch_equals_separate_calls(seed: int, d: int, metric: str, em
         assert (ragged.labels[i, n:] == -1).all()
 
 
+@everywhere
 @given(seeds, small_sizes, metrics, policies, starts)
 def test_weight_zero_equals_a_removed_row(seed: int, d: int, metric: str, empty: str, start: str) -> None:
     x = normal(seed, 60, d)
@@ -311,6 +363,7 @@ def test_weight_zero_equals_a_removed_row(seed: int, d: int, metric: str, empty:
     assert torch.equal(weighted.labels, kmeans_assign(x, weighted.centroids, metric=metric)[0])
 
 
+@everywhere
 @given(seeds, small_sizes, metrics, st.sampled_from(["k-means++", "tensor"]))
 def test_weight_two_equals_a_duplicated_row(seed: int, d: int, metric: str, start: str) -> None:
     x = normal(seed, 50, d)
@@ -327,6 +380,7 @@ def test_weight_two_equals_a_duplicated_row(seed: int, d: int, metric: str, star
     assert_close(weighted.inertia, duplicated.inertia, torch.float32)
 
 
+@everywhere
 def test_a_cluster_of_weightless_rows_is_empty() -> None:
     x = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
     with pytest.warns(ClustopsWarning, match="2 distinct rows for k = 3"):
@@ -360,6 +414,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert_same(results[0], results[2])
 
 
+@everywhere
 def test_the_seed_decides_the_result_and_the_global_generator_is_left_alone() -> None:
     x = normal(0, 200, 3)
     state = torch.get_rng_state()
@@ -388,6 +443,7 @@ def test_strides_change_no_bit_and_inputs_are_not_written(seed: int, layout: str
 # --- the reference and other judges
 
 
+@everywhere
 @given(seeds, odd_sizes, small_sizes, metrics, policies, starts, st.booleans())
 def test_it_equals_the_reference(
     seed: int, n: int, d: int, metric: str, empty: str, start: str, weighted: bool
@@ -489,6 +545,7 @@ def test_zero_rows_and_opposite_rows_are_finite_under_cosine() -> None:
     assert float(found.inertia) == pytest.approx(6)
 
 
+@everywhere
 def test_max_iter_zero_assigns_to_the_start() -> None:
     x = normal(0, 30, 2)
     found = kmeans(x, 3, init=x[:3], max_iter=0)
@@ -571,6 +628,14 @@ def test_many_problems_at_once() -> None:
     x = normal(0, 65537, 2, 1)
     found = kmeans(x, 2, max_iter=1)
     assert found.centroids.sort(1).values.equal(x.sort(1).values)
+
+
+@pytest.mark.slow
+def test_all_of_this_holds_on_the_reference_path() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    environment = {**os.environ, "CLUSTOPS_DISABLE_NATIVE": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,18 +17,6 @@ from clustops.reference.kmeans_ops import assign_l2
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no extension: {native.why_not}")
 assign = torch.ops.clustops.kmeans_assign
-
-
-def instruction_sets() -> list[str]:
-    return native.extension.instruction_sets() if native.extension else []
-
-
-@pytest.fixture(params=instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.extension.instruction_set()
-    native.extension.use_instruction_set(request.param)
-    yield request.param
-    native.extension.use_instruction_set(before)
 
 
 def check_against_fp64(x: Tensor, centroids: Tensor) -> None:

@@ -25,14 +25,6 @@ dtypes = st.sampled_from(FLOATING)
 trial_counts = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 32])
 
 
-@pytest.fixture(params=native.extension.instruction_sets() if native.extension else [])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.extension.instruction_set()
-    native.extension.use_instruction_set(request.param)
-    yield request.param
-    native.extension.use_instruction_set(before)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -25,14 +25,6 @@ dtypes = st.sampled_from(FLOATING)
 weightings = st.sampled_from(["none", "some", "one"])
 
 
-@pytest.fixture(params=native.extension.instruction_sets() if native.extension else [])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = native.extension.instruction_set()
-    native.extension.use_instruction_set(request.param)
-    yield request.param
-    native.extension.use_instruction_set(before)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
