@@ -107,11 +107,9 @@ def lloyd(
 
 
 def _small(rows: Rows, centroids: Tensor, empty: str) -> Tensor | None:
-    """All rows, where one op does all iterations: small problems on a GPU; ``None`` elsewhere."""
-    if rows.device.type != "cuda" or empty not in ("split", "keep"):
-        return None
-    x = rows.at_once()
-    return x if x is not None and fits(x, centroids.shape[1]) else None
+    """All rows, where one op does all iterations of small problems; ``None`` elsewhere."""
+    x = rows.at_once() if empty in ("split", "keep") else None
+    return x if x is not None and fits(x, centroids, rows.metric == "cosine") else None
 
 
 def _step(

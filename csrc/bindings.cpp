@@ -132,6 +132,19 @@ void bind_kmeans(py::module_& m) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_kmeans_iterate(py::module_& m) {
+  m.def(
+      "kmeans_iterate",
+      [](const Tensor& x, const Tensor& weights, const Tensor& grid, const Tensor& centroids, const Tensor& result,
+         const Tensor& labels, const Tensor& repaired, const Tensor& still, int64_t iterations, bool split, uint64_t seed,
+         int threads) {
+        const auto problem = clustops::kmeans_iterate_arguments(x, weights, grid, centroids, result, labels, repaired,
+                                                                still, iterations, false, split, seed, Device::cpu);
+        cpu::kernels().kmeans_iterate(problem, threads < 1 ? 1 : threads);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 using Maybe = std::optional<Tensor>;
 
 const Tensor* pointer(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
@@ -358,6 +371,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans(m);
   bind_kmeans_update(m);
   bind_kmeans_seeding(m);
+  bind_kmeans_iterate(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

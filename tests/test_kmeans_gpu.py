@@ -149,7 +149,7 @@ def test_small_shapes_of_whole_iterations_are_the_reference_s_bit_for_bit(
     grid = ops.units(ops.bounds(x, weights), (weights > 0).sum(1))
     rows = torch.randint(0, n, (3, k, 1), generator=g).expand(-1, -1, d)
     centroids = x.gather(1, rows).float()
-    assert whole.fits(x.cuda(), k)
+    assert whole.fits(*on_gpu(x, centroids), False)
     found = kernels.kmeans_iterate(*on_gpu(x, centroids, weights, grid), 4, False, empty, seed)
     assert_bits(found, iterate(x, centroids, weights, grid, 4, False, empty, seed))
 

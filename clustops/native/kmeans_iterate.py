@@ -8,13 +8,46 @@ from torch import Tensor
 from ..reference import kmeans_iterate as reference
 from ..reference import kmeans_ops as ops
 from ..reference import kmeans_split
-from . import extension, register
+from . import extension, register, view
 from . import kmeans_iterate_cuda as cuda
 
 
-def fits(x: Tensor, k: int) -> bool:
-    """Whether all iterations of a problem of ``x [B, N, D]`` may run in the shared memory of one block."""
-    return _cuda and x.is_cuda and cuda.fits(x, k)
+_CACHE = 1 << 20  # bytes of a problem that stay in a level 2 cache
+
+
+def fits(x: Tensor, centroids: Tensor, cosine: bool) -> bool:
+    """Whether one kernel does all iterations of ``centroids [E, K, D]`` on ``x [B, N, D]``.
+
+    On a GPU, where a problem fits in the shared memory of a block; on a CPU, where it fits in a cache and
+    there are enough entries for all threads.
+    """
+    if x.is_cuda:
+        return _cuda and cuda.fits(x, centroids.shape[1])
+    small = x.shape[1] * x.shape[2] * x.element_size() <= _CACHE
+    busy = centroids.shape[0] >= torch.get_num_threads()
+    return _cpu and x.device.type == "cpu" and x.dtype != torch.float64 and not cosine and small and busy
+
+
+def _iterate(
+    x: Tensor,
+    centroids: Tensor,
+    weights: Tensor,
+    grid: Tensor,
+    iterations: int,
+    cosine: bool,
+    empty: str,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if cosine or x.dtype == torch.float64:
+        return reference.iterate(x, centroids, weights, grid, iterations, cosine, empty, seed)
+    x, e = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous(), centroids.shape[0]
+    result = centroids.new_empty(centroids.shape, dtype=torch.float32)
+    labels = x.new_empty((e, x.shape[1]), dtype=torch.int64)
+    repaired, still = labels.new_empty(e), labels.new_empty(e)
+    given = (x, weights, grid.contiguous(), centroids.float().contiguous(), result, labels, repaired, still)
+    bits, threads = seed & (2**64 - 1), torch.get_num_threads()
+    extension.kmeans_iterate(*(view(t) for t in given), iterations, empty == "split", bits, threads)
+    return result, labels, repaired, still
 
 
 def _fake_iterate(
@@ -52,6 +85,7 @@ def _fake_split(
     return means.new_empty(means.shape), counts.new_empty(counts.shape)
 
 
+_cpu = hasattr(extension, "kmeans_iterate")
 _cuda = hasattr(extension, "kmeans_iterate_cuda")
 
 register(
@@ -59,6 +93,7 @@ register(
     "str empty, int seed) -> (Tensor centroids, Tensor labels, Tensor repaired, Tensor still)",
     reference=reference.iterate,
     fake=_fake_iterate,
+    cpu=_iterate if _cpu else None,
     cuda=cuda.iterate if _cuda else None,
 )
 register(

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/kmeans.h"
+#include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
 
@@ -14,6 +15,7 @@ struct Kernels {
   int64_t (*kmeans_assign_workspace)(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
   void (*kmeans_assign)(const KMeansAssign& problem, int threads);
   void (*kmeans_nearest)(const KMeansAssign& problem, int64_t top, int threads);
+  void (*kmeans_iterate)(const KMeansIterate& problem, int threads);
   void (*kmeans_bounds)(const KMeansBounds& problem, int threads);
   void (*kmeans_sums)(const KMeansSums& problem, int threads);
   void (*kmeans_means)(const KMeansMeans& problem, int threads);

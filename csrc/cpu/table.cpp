@@ -6,6 +6,7 @@ namespace clustops::cpu::CLUSTOPS_ISA {
 int64_t kmeans_assign_workspace(int64_t problems, int64_t clusters, int64_t features, DType dtype, int threads);
 void kmeans_assign(const KMeansAssign& problem, int threads);
 void kmeans_nearest(const KMeansAssign& problem, int64_t top, int threads);
+void kmeans_iterate(const KMeansIterate& problem, int threads);
 void kmeans_bounds(const KMeansBounds& problem, int threads);
 void kmeans_sums(const KMeansSums& problem, int threads);
 void kmeans_means(const KMeansMeans& problem, int threads);
@@ -22,7 +23,7 @@ double measure_stream(int64_t bytes, double seconds, int threads);
 extern const Kernels table;
 const Kernels table = {kmeans_assign_workspace,
                        kmeans_assign,
-                       kmeans_nearest,
+                       kmeans_nearest, kmeans_iterate,
                        kmeans_bounds,
                        kmeans_sums,
                        kmeans_means,
