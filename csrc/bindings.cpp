@@ -214,7 +214,7 @@ void bind_kmeans_seeding(py::module_& m) {
     if (x.dims != 3 || uniform.dims != 2 || k < 1) return 0;
     clustops::KMeansRows rows{};
     rows.rows = x.shape[1], rows.features = x.shape[2], rows.dtype = x.dtype;
-    return cpu::kernels().kmeans_seed_workspace(rows, uniform.shape[0], uniform.shape[1] / k, threads);
+    return cpu::kernels().kmeans_seed_workspace(rows, uniform.shape[0], k, uniform.shape[1] / k, threads);
   };
   m.def("kmeans_seed_workspace_cpu", workspace_of);
   m.def(

@@ -200,11 +200,18 @@ def test_empty_and_single_sizes(b: int, e: int, n: int, d: int, k: int) -> None:
     assert ops.kmeans_seed(x, weights, uniforms(0, e, k * 2), k).shape == (e, k)
 
 
-def test_chunks_and_one_piece_choose_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 300, 6, generator=generator(0))
-    expected = kmeans_plus_plus(x, 12)
+@pytest.mark.parametrize("apart", [0, 1, 10, 1e3])
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_rows_left_out_by_the_triangle_inequality_change_nothing(
+    apart: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In chunks every row is compared with every candidate."""
+    g = generator(0)
+    groups = apart * torch.randn(2, 9, 5, generator=g)
+    x = (groups.repeat(1, 70, 1) + torch.randn(2, 630, 5, generator=g)).to(dtype)
+    expected = kmeans_plus_plus(x, 40)
     monkeypatch.setattr("clustops.kmeans_rows.Rows.at_once", lambda rows: None)
-    assert torch.equal(kmeans_plus_plus(x, 12), expected)
+    assert torch.equal(kmeans_plus_plus(x, 40), expected)
 
 
 @needs_extension

@@ -23,7 +23,8 @@ struct Kernels {
   void (*kmeans_draws)(const KMeansDraws& problem, int threads);
   void (*kmeans_potentials)(const KMeansPotentials& problem, int threads);
   void (*kmeans_closest)(const KMeansClosest& problem, int threads);
-  int64_t (*kmeans_seed_workspace)(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);  // of int64
+  int64_t (*kmeans_seed_workspace)(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials,
+                                   int threads);  // of int64
   void (*kmeans_seed)(const KMeansSeed& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.

@@ -2,7 +2,8 @@
 //
 // All candidates of a step are compared with a row while it is in registers. What a row gains is added up as integers,
 // which no order changes, and a bit for each candidate that improves it is kept, so that the winner goes back only to
-// the rows it improves. Potentials are kept by blocks of rows: a draw finds its block, then its row.
+// the rows it improves. Rows that the triangle inequality keeps with their centroid are not read at all. Potentials are
+// kept by blocks of rows: a draw finds its block, then its row.
 #include "../common/kmeans_seeding.h"
 
 #include <algorithm>
@@ -24,6 +25,8 @@ constexpr int64_t kBlock = 1024;
 constexpr int64_t kTile = 16;
 // How far ahead memory is asked for: the time it takes to come, and not more than a core may have on its way.
 constexpr int64_t kAheadBytes = 4096;
+// So many rows a centroid, and it pays to compare centroids with candidates first.
+constexpr int64_t kRowsACentroid = 8;
 // Candidates whose distances to a row are computed at once.
 constexpr int kGroup = 8;
 
@@ -89,24 +92,19 @@ inline T distance_to(const T* x, const T* packed, int64_t features) {
   return reduce_add(sum[0]);
 }
 
-// Some rows, one after the other, and what is known of them.
+// Some rows and what is known of them.
 template <class T>
 struct Tile {
-  int64_t count, features;
-  const T* first;
-  int64_t stride;
-  uintptr_t ahead;  // where rows lie that come later
-  int64_t ahead_stride, ahead_bytes;
-  const T* closest;
-  Weights weights;
+  int64_t count, features, bytes;  // bytes of a row where it lies
   double scale;
-  uint32_t* improves;
+  const T* row[kTile];
+  const char* ahead[kTile];  // rows that come later
+  T closest[kTile];
+  double weight[kTile];
+  uint32_t improves[kTile];
 
-  const T* row(int64_t i) const { return first + i * stride; }
   void ask_ahead(int64_t i) const {
-    for (int64_t byte = 0; byte < ahead_bytes; byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(ahead + i * ahead_stride + byte));
-    }
+    for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead[i] + byte);
   }
 };
 
@@ -117,15 +115,15 @@ void compare(Tile<T>& tile, const T* packed, int64_t t, int64_t* gains) {
   for (int64_t i = 0; i < tile.count; ++i) {
     if (t == 0) tile.ask_ahead(i);
     V sum[kCount];
-    accumulate<kCount>(tile.row(i), packed, tile.features, sum);
+    accumulate<kCount>(tile.row[i], packed, tile.features, sum);
     const T before = tile.closest[i];
     int64_t whole = -1;
     for (int j = 0; j < kCount; ++j) {
       const T distance = reduce_add(sum[j]);
       if (!(distance < before)) continue;
-      if (whole < 0) whole = to_integer(before, tile.weights[i], tile.scale);
+      if (whole < 0) whole = to_integer(before, tile.weight[i], tile.scale);
       tile.improves[i] |= 1u << (t + j);
-      gains[t + j] += whole - to_integer(distance, tile.weights[i], tile.scale);
+      gains[t + j] += whole - to_integer(distance, tile.weight[i], tile.scale);
     }
   }
 }
@@ -157,15 +155,15 @@ void compare_in_vectors(Tile<float>& tile, const float* packed, int64_t t, int64
   for (int64_t i = 0; i < tile.count; ++i) {
     if (t == 0) tile.ask_ahead(i);
     Vec sum[kCount];
-    accumulate<kCount>(tile.row(i), packed, tile.features, sum);
+    accumulate<kCount>(tile.row[i], packed, tile.features, sum);
     const __m256 before = _mm256_set1_ps(tile.closest[i]), distances = add_lanes(sum);
     const uint32_t below = _mm256_cmp_ps_mask(distances, before, _CMP_LT_OQ) & ((1u << kCount) - 1);
     tile.improves[i] |= below << t;
-    const __m512d weight = _mm512_set1_pd(tile.weights[i]);
+    const __m512d weight = _mm512_set1_pd(tile.weight[i]);
     const auto integers = [&](__m256 values) {
       return _mm512_cvtpd_epi64(_mm512_mul_pd(_mm512_mul_pd(_mm512_cvtps_pd(values), weight), scale));
     };
-    const __mmask8 counts = tile.weights[i] > 0 ? static_cast<__mmask8>(below) : static_cast<__mmask8>(0);
+    const __mmask8 counts = tile.weight[i] > 0 ? static_cast<__mmask8>(below) : static_cast<__mmask8>(0);
     gained = _mm512_mask_add_epi64(gained, counts, gained, _mm512_sub_epi64(integers(before), integers(distances)));
   }
   int64_t found[8];
@@ -194,33 +192,95 @@ Compare<T> compare_for(int64_t count) {
   return functions[count - 1];
 }
 
-// Adds to gains[t] how much the integer potential of rows [first, end) falls with candidate t, and notes whose it is.
+// The least of the distances of one row to kCount packed candidates.
+template <int kCount, class T>
+T least_distance(const T* x, const T* packed, int64_t features) {
+  typename VecFor<T>::type sum[kCount];
+  accumulate<kCount>(x, packed, features, sum);
+  T least = reduce_add(sum[0]);
+  for (int t = 1; t < kCount; ++t) least = std::min<T>(least, reduce_add(sum[t]));
+  return least;
+}
+
+template <class T>
+T least_distance(const T* x, const T* packed, int64_t trials, int64_t features) {
+  using Least = T (*)(const T* x, const T* packed, int64_t features);
+  static constexpr Least functions[kGroup] = {least_distance<1, T>, least_distance<2, T>, least_distance<3, T>,
+                                              least_distance<4, T>, least_distance<5, T>, least_distance<6, T>,
+                                              least_distance<7, T>, least_distance<8, T>};
+  T least = std::numeric_limits<T>::infinity();
+  for (int64_t t = 0; t < trials; t += kGroup) {
+    const T* group = packed + t * padded<T>(features);
+    least = std::min(least, functions[std::min<int64_t>(kGroup, trials - t) - 1](x, group, features));
+  }
+  return least;
+}
+
+// A row within half the way from its centroid to a candidate is not nearer to the candidate. So for squared distances up
+// to this limit, `least` from the centroid to any candidate, no computed distance is below that to the centroid. Each is
+// a sum of squares known to a relative 2^-24 (2^-53) (features + 8); where squares may underflow there is no limit.
+template <class T>
+T untouched_limit(T least, int64_t features) {
+  const double error = static_cast<double>(features + 8) * std::numeric_limits<T>::epsilon();
+  const double limit = 0.25 * (1 - 16 * error) * static_cast<double>(least);
+  return std::isfinite(limit) && limit > 1e-25 ? static_cast<T>(limit) : T(-1);
+}
+
+// Rows of which it is not known beforehand that no candidate improves them.
+template <class T>
+struct Untouched {
+  const int32_t* centroid = nullptr;  // of each row, which is its closest; null: nothing is known
+  const T* limit = nullptr;           // of each centroid
+};
+
+// The rows of [first, end) to look at; returns how many.
+template <class T>
+int64_t rows_to_compare(int64_t first, int64_t end, const T* closest, const Untouched<T>& untouched, int32_t* rows) {
+  int64_t count = 0;
+  for (int64_t n = first; n < end; ++n) {
+    rows[count] = static_cast<int32_t>(n - first);
+    count += untouched.centroid ? !(closest[n] <= untouched.limit[untouched.centroid[n]]) : 1;
+  }
+  return count;
+}
+
+// Adds to gains[t] how much the integer potential of rows [first, end), at most a block, falls with candidate t, and
+// notes whose it is.
 template <class T>
 void weigh(const KMeansRows& rows, int64_t b, int64_t first, int64_t end, const T* packed, int64_t trials,
-           const T* closest, Weights weights, double scale, int64_t* gains, int32_t* improves) {
+           const T* closest, Weights weights, double scale, int64_t* gains, int32_t* improves,
+           const Untouched<T>& untouched = {}) {
+  int32_t which[kBlock];
+  const int64_t count = rows_to_compare(first, end, closest, untouched, which);
+  std::fill(improves + first, improves + end, 0);
   std::vector<T> wide(is_half(rows.dtype) ? kTile * rows.features : 0);
-  const int64_t size = size_of(rows.dtype), row_bytes = rows.features * size;
-  const int64_t ahead = divide_up(kAheadBytes, std::max<int64_t>(1, row_bytes)) * rows.row_stride * size;
-  for (int64_t n0 = first; n0 < end; n0 += kTile) {
-    Tile<T> tile;
-    tile.count = std::min(kTile, end - n0);
-    tile.features = rows.features;
-    tile.first = row_as<T>(rows, b, n0, 0, rows.features, wide.data());
-    for (int64_t i = 1; i < tile.count && !wide.empty(); ++i) {
-      row_as<T>(rows, b, n0 + i, 0, rows.features, wide.data() + i * rows.features);
+  Tile<T> tile;
+  tile.features = rows.features;
+  tile.scale = scale;
+  tile.bytes = rows.features * size_of(rows.dtype);
+  const int64_t ahead = divide_up(kAheadBytes, std::max<int64_t>(1, tile.bytes));
+  const char* base = bytes_of(rows, b, first);
+  const int64_t stride = rows.row_stride * size_of(rows.dtype);
+  for (int64_t i0 = 0; i0 < count; i0 += kTile) {
+    tile.count = std::min(kTile, count - i0);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const int64_t n = first + which[i0 + i];
+      tile.row[i] = reinterpret_cast<const T*>(base + which[i0 + i] * stride);
+      tile.ahead[i] = base + which[std::min(i0 + i + ahead, count - 1)] * stride;
+      tile.closest[i] = closest[n];
+      tile.weight[i] = weights[n];
+      tile.improves[i] = 0;
     }
-    tile.stride = wide.empty() ? rows.row_stride : rows.features;
-    tile.ahead = reinterpret_cast<uintptr_t>(bytes_of(rows, b, n0)) + static_cast<uintptr_t>(ahead);
-    tile.ahead_stride = rows.row_stride * size;
-    tile.ahead_bytes = row_bytes;
-    tile.closest = closest + n0;
-    tile.weights = {weights.first + n0 * weights.stride, weights.stride};
-    tile.scale = scale;
-    tile.improves = reinterpret_cast<uint32_t*>(improves + n0);
-    std::fill_n(tile.improves, tile.count, 0u);
+    for (int64_t i = 0; i < tile.count && !wide.empty(); ++i) {
+      T* room = wide.data() + i * rows.features;
+      tile.row[i] = row_as<T>(rows, b, first + which[i0 + i], 0, rows.features, room);
+    }
     for (int64_t t = 0; t < trials; t += kGroup) {
       const T* group = packed + t * padded<T>(rows.features);
       compare_for<T>(std::min<int64_t>(kGroup, trials - t))(tile, group, t, gains);
+    }
+    for (int64_t i = 0; i < tile.count; ++i) {
+      improves[first + which[i0 + i]] = static_cast<int32_t>(tile.improves[i]);
     }
   }
 }
@@ -257,9 +317,9 @@ double integer_scale(double bound, int64_t count) {
 
 // The workspace of one entry, in 64-bit words.
 struct Layout {
-  int64_t blocks, bounds, totals, gains, closest, improves, candidates, packed, size;
+  int64_t blocks, bounds, totals, gains, limits, closest, centroid, improves, candidates, packed, size;
 
-  Layout(const KMeansRows& rows, int64_t trials) : blocks(divide_up(rows.rows, kBlock)) {
+  Layout(const KMeansRows& rows, int64_t clusters, int64_t trials) : blocks(divide_up(rows.rows, kBlock)) {
     const int64_t bytes = rows.dtype == DType::f64 ? 8 : 4;
     int64_t at = 0;
     const auto take = [&at](int64_t words) {
@@ -271,6 +331,8 @@ struct Layout {
     totals = take(blocks);
     gains = take(blocks * trials);
     closest = take(divide_up(rows.rows * bytes, 8));
+    limits = take(clusters);
+    centroid = take(divide_up(rows.rows * 4, 8));
     improves = take(divide_up(rows.rows * 4, 8));
     const int64_t most = std::max<int64_t>(1, trials);
     candidates = take(divide_up(most * rows.features * bytes, 8));
@@ -285,7 +347,7 @@ class Start {
  public:
   Start(const KMeansSeed& a, int64_t entry, int64_t* workspace, int threads)
       : a_(a),
-        layout_(a.rows, a.trials),
+        layout_(a.rows, a.clusters, a.trials),
         b_(entry / (a.entries / a.rows.problems)),
         threads_(threads),
         weights_{a.rows.weights + b_ * a.rows.weight_problem_stride, a.rows.weight_row_stride},
@@ -295,12 +357,15 @@ class Start {
         totals_(workspace + layout_.totals),
         gains_(workspace + layout_.gains),
         closest_(reinterpret_cast<T*>(workspace + layout_.closest)),
+        limits_(reinterpret_cast<T*>(workspace + layout_.limits)),
+        centroid_(reinterpret_cast<int32_t*>(workspace + layout_.centroid)),
         improves_(reinterpret_cast<int32_t*>(workspace + layout_.improves)),
         candidates_(reinterpret_cast<T*>(workspace + layout_.candidates)),
         packed_(reinterpret_cast<T*>(workspace + layout_.packed)) {}
 
   void run() {
     std::fill_n(closest_, a_.rows.rows, T(1));
+    std::fill_n(centroid_, a_.rows.rows, 0);
     for (int64_t n = 0; n < a_.rows.rows; ++n) valid_ += weights_[n] > 0;
     for_blocks([&](int64_t i, int64_t first, int64_t end) { bounds_[i] = bound_of(first, end); });
     for (int64_t step = 0; step < a_.clusters; ++step) {
@@ -371,34 +436,50 @@ class Start {
     int64_t best = 0;
     if (step > 0) {
       pack(candidates_, trials, features, packed_);
-      best = best_candidate();
+      best = best_candidate(step);
     } else {
       std::fill_n(closest_, a_.rows.rows, std::numeric_limits<T>::infinity());
     }
     chosen_[step] = rows[best];
     pack(candidates_ + best * features, 1, features, packed_);
-    for_blocks([&](int64_t i, int64_t first, int64_t end) { add_centroid(step == 0, i, first, end, best); });
+    for_blocks([&](int64_t i, int64_t first, int64_t end) { add_centroid(step, i, first, end, best); });
     if (step == 0) scale_ = 0;
   }
 
   // What the centroid in `packed_` changes in a block: its potential by what candidate `best` gains, and its bound where
   // a row that had it comes nearer.
-  void add_centroid(bool first_of_all, int64_t i, int64_t first, int64_t end, int64_t best) {
+  void add_centroid(int64_t step, int64_t i, int64_t first, int64_t end, int64_t best) {
+    const bool first_of_all = step == 0;
     bool bound_falls = first_of_all;
     const int32_t* improves = first_of_all ? nullptr : improves_;
     lower(a_.rows, b_, first, end, packed_, closest_, improves, best, [&](int64_t n, T before) {
+      centroid_[n] = static_cast<int32_t>(step);
       bound_falls = bound_falls || !(weighted(n, before) < bounds_[i]);
     });
     if (bound_falls) bounds_[i] = bound_of(first, end);
     if (!first_of_all) totals_[i] -= gains_[i * a_.trials + best];
   }
 
+  // Worth it while there are few centroids for so many rows.
+  Untouched<T> find_untouched(int64_t step) {
+    if (kRowsACentroid * step > a_.rows.rows) return {};
+    std::vector<T> wide(is_half(a_.rows.dtype) ? a_.rows.features : 0);
+    for (int64_t k = 0; k < step; ++k) {
+      const T* centroid = row_as<T>(a_.rows, b_, chosen_[k], 0, a_.rows.features, wide.data());
+      const T least = least_distance(centroid, packed_, a_.trials, a_.rows.features);
+      limits_[k] = untouched_limit(least, a_.rows.features);
+    }
+    return {centroid_, limits_};
+  }
+
   // The first of those that leave the smallest potential.
-  int64_t best_candidate() {
+  int64_t best_candidate(int64_t step) {
     const int64_t trials = a_.trials;
+    const Untouched<T> untouched = find_untouched(step);
     for_blocks([&](int64_t i, int64_t first, int64_t end) {
       std::fill_n(gains_ + i * trials, trials, 0);
-      weigh(a_.rows, b_, first, end, packed_, trials, closest_, weights_, scale_, gains_ + i * trials, improves_);
+      weigh(a_.rows, b_, first, end, packed_, trials, closest_, weights_, scale_, gains_ + i * trials, improves_,
+            untouched);
     });
     int64_t gains[kMaxTrials] = {};
     for (int64_t i = 0; i < layout_.blocks * trials; ++i) gains[i % trials] += gains_[i];
@@ -416,6 +497,8 @@ class Start {
   int64_t* totals_;
   int64_t* gains_;
   T* closest_;
+  T* limits_;
+  int32_t* centroid_;
   int32_t* improves_;
   T* candidates_;
   T* packed_;
@@ -482,14 +565,14 @@ void kmeans_closest(const KMeansClosest& a, int threads) {
   });
 }
 
-int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t trials, int threads) {
-  return (entries < threads ? 1 : threads) * Layout(rows, trials).size;
+int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials, int threads) {
+  return (entries < threads ? 1 : threads) * Layout(rows, clusters, trials).size;
 }
 
 // Entries are the parallel units where there are enough of them, blocks of rows where not.
 void kmeans_seed(const KMeansSeed& a, int threads) {
   const bool many = a.entries >= threads;
-  const int64_t size = Layout(a.rows, a.trials).size;
+  const int64_t size = Layout(a.rows, a.clusters, a.trials).size;
   parallel_for(a.entries, many ? threads : 1, [&](int64_t entry, int thread) {
     int64_t* workspace = static_cast<int64_t*>(a.workspace) + thread * size;
     with_wide(a.rows.dtype, [&](auto wide) { Start<decltype(wide)>(a, entry, workspace, many ? 1 : threads).run(); });

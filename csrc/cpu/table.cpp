@@ -14,7 +14,7 @@ void kmeans_counts(const KMeansCounts& problem, int threads);
 void kmeans_draws(const KMeansDraws& problem, int threads);
 void kmeans_potentials(const KMeansPotentials& problem, int threads);
 void kmeans_closest(const KMeansClosest& problem, int threads);
-int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t trials, int threads);
+int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials, int threads);
 void kmeans_seed(const KMeansSeed& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_exp(double seconds, int threads);

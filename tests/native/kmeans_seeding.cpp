@@ -15,7 +15,7 @@ void run(const std::vector<int64_t>& size, clustops::DType dtype) {
   const auto x = read<char>(b * n * d * kernel::size_of(dtype));
   const auto weights = read<double>(b * n), uniform = read<double>(e * k * t);
   clustops::KMeansRows rows{x.data(), weights.data(), b, n, d, n * d, d, n, 1, dtype};
-  std::vector<int64_t> chosen(e * k), workspace(kernel::kmeans_seed_workspace(rows, e, t, threads));
+  std::vector<int64_t> chosen(e * k), workspace(kernel::kmeans_seed_workspace(rows, e, k, t, threads));
   kernel::kmeans_seed({rows, uniform.data(), chosen.data(), workspace.data(), e, k, t}, threads);
 
   std::vector<T> candidates(e * t * d), closest(e * n, T(9)), first(e * d);
