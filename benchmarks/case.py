@@ -37,7 +37,7 @@ class Work:
     flops: float = 0.0
     exps: float = 0.0
     bytes: float = 0.0
-    matmul: str = "fp32"  # the measured rate that bounds the flops on a GPU: "tf32" or "bf16"
+    matmul: str = "fp32"  # the rate that bounds the flops where it was measured: "tf32" or "bf16"
 
 
 class Target(NamedTuple):

@@ -35,7 +35,7 @@ def amount(work: Work, limit: str) -> float:
 
 
 def measure_cpu(threads: int, seconds: float) -> Floors:
-    """FMA, exp and stream rates by the extension's own loops, or by torch where it was not built."""
+    """FMA, bf16 tile, exp and stream rates by the extension's own loops, or by torch where it was not built."""
     from clustops.native import extension
 
     stream_bytes = 1 << 26
@@ -45,7 +45,10 @@ def measure_cpu(threads: int, seconds: float) -> Floors:
             "exp": extension.measure_exp(seconds, threads) * 1e9,
             "bytes": extension.measure_stream(stream_bytes, seconds, threads) * 1e9,
         }
-        return Floors(threads, rates, "the extension's FMA, exp and stream loops")
+        tiles = extension.measure_matmul(seconds, threads) * 1e9
+        if tiles > 0:
+            rates["bf16"] = tiles
+        return Floors(threads, rates, "the extension's FMA, bf16 tile, exp and stream loops")
     a, b, c = torch.randn(3, 1024, 1024).unbind()
     x, y = torch.randn(2, 1 << 15).unbind()  # 256 KB: stays in the second-level cache
     source, target = torch.randn(2, stream_bytes // 8).unbind()

@@ -78,7 +78,7 @@ def assign(
         error=error,
         error_name="largest excess over the nearest squared distance, over its mean",
         tolerance=1e-4,
-        work=Work(flops=2.0 * n * d * k, bytes=4.0 * n * d + 8 * n),
+        work=Work(flops=2.0 * n * d * k, bytes=4.0 * n * d + 8 * n, matmul="bf16"),
         targets=targets or {},
     )
 
@@ -122,7 +122,7 @@ def lloyd(
         work=Work(
             flops=2.0 * b * n * d * k,
             bytes=float(b * n * d * dtype.itemsize + 8 * b * n),
-            matmul="bf16" if dtype == torch.bfloat16 else "tf32",
+            matmul="tf32" if ms is not None and dtype == torch.float32 else "bf16",
         ),
         steps=iterations,
         step_name="iteration",

@@ -83,8 +83,10 @@ def kmeans(
             probability ``count - 1``; by ``"farthest"``, the row farthest from its centroid; by ``"random"``,
             a random row; ``"keep"`` leaves its old centroid. After the last iteration, except for ``"keep"``,
             the farthest rows become centroids until no cluster is empty.
-        precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
-            may multiply. Today all of them compute in fp32 (fp64 for fp64 input).
+        precision: of the products on a GPU: ``"highest"``, fp32 (labels are those of exact distances but for
+            fp32 rounding); ``"high"``, each operand in two bf16 parts, as good as TF32; ``"medium"``, bf16
+            (labels may be those of centroids a little farther away); ``None`` follows
+            ``torch.get_float32_matmul_precision()``. fp64 input, and everything on a CPU, is exact at each.
         seed: of all random draws.
         device: where to compute; default: where ``x`` lies. Chunks of ``x`` move there, never all of it.
         group: process group over which the rows are sharded: ``x``, ``weights``, ``lengths`` and the labels

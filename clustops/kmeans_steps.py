@@ -33,8 +33,10 @@ def kmeans_assign(
             by slices; it is used on the device of ``centroids``.
         centroids: ``[K, D]`` or ``[B, K, D]``.
         metric: ``"l2"`` or ``"cosine"``.
-        precision: ``None``, ``"highest"``, ``"high"`` or ``"medium"``: the lowest precision in which a kernel
-            may multiply. Today all of them compute in fp32 (fp64 for fp64 input).
+        precision: of the products on a GPU: ``"highest"``, fp32 (labels are those of exact distances but for
+            fp32 rounding); ``"high"``, each operand in two bf16 parts, as good as TF32; ``"medium"``, bf16
+            (labels may be those of centroids a little farther away); ``None`` follows
+            ``torch.get_float32_matmul_precision()``. fp64 input, and everything on a CPU, is exact at each.
         top: how many of the nearest to return, in ``[1, K]``.
 
     Returns:

@@ -101,6 +101,8 @@ void bind_machine(py::module_& m) {
   m.def("cuda_archs", [] { return std::string(CLUSTOPS_CUDA_ARCHS); }, "What CUDA kernels were compiled for, or ''.");
   m.def("measure_fma", [](double s, int t) { return cpu::kernels().measure_fma(s, t); }, py::arg("seconds"),
         py::arg("threads"), release(), "GFLOP/s");
+  m.def("measure_matmul", [](double s, int t) { return cpu::kernels().measure_matmul(s, t); }, py::arg("seconds"),
+        py::arg("threads"), release(), "GFLOP/s of bf16 tiles, 0 where the instruction set in use has none");
   m.def("measure_exp", [](double s, int t) { return cpu::kernels().measure_exp(s, t); }, py::arg("seconds"),
         py::arg("threads"), release(), "1e9 exponentials a second");
   m.def("measure_stream", [](int64_t b, double s, int t) { return cpu::kernels().measure_stream(b, s, t); },

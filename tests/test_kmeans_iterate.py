@@ -37,7 +37,7 @@ def problem(
     """Rows, weights of which some are zero, and lengths."""
     g = generator(seed)
     x = torch.randint(-1, 2, (b, n, d), generator=g).float() if ties else torch.randn(b, n, d, generator=g)
-    weights = torch.rand(b, n, generator=g).round(decimals=1)
+    weights = torch.randint(0, 3, (b, n), generator=g) / 2
     weights += weights.sum(1, keepdim=True) == 0
     return x.to(dtype), weights, torch.randint(1, n + 1, (b,), generator=g)
 

@@ -62,6 +62,47 @@ double measure_fma(double seconds, int threads) {
   return runs * 2.0 * kChains * kSteps * Vec::kWidth * 1e-9;
 }
 
+double measure_matmul(double seconds, int threads) {
+#if defined(__AMX_BF16__)
+  constexpr int kSteps = 1 << 14;
+  constexpr int kTile = 16 * 32;
+  // Random numbers: with zeros the clock stays higher than any real product lets it.
+  alignas(64) static uint16_t operands[4 * kTile];
+  uint32_t state = 1;
+  for (uint16_t& bits : operands) {
+    state = state * 1664525u + 1013904223u;
+    bits = static_cast<uint16_t>((state >> 16 & 0x807f) | 0x3f00 | (state >> 24 & 0x80));
+  }
+  const double runs = rate(seconds, threads, [](int64_t) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int step = 0; step < kSteps; ++step) {
+      _tile_loadd(4, operands, 64);
+      _tile_loadd(5, operands + kTile, 64);
+      _tile_loadd(6, operands + 2 * kTile, 64);
+      _tile_loadd(7, operands + 3 * kTile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+  });
+  return runs * kSteps * 4 * (2.0 * 16 * 16 * 32) * 1e-9;
+#else
+  static_cast<void>(seconds), static_cast<void>(threads);
+  return 0;
+#endif
+}
+
 double measure_exp(double seconds, int threads) {
   constexpr int kChains = 8;
   constexpr int kSteps = 1 << 14;

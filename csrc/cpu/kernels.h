@@ -29,6 +29,7 @@ struct Kernels {
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s
+  double (*measure_matmul)(double seconds, int threads);                 // GFLOP/s of bf16 tiles, 0 without them
   double (*measure_exp)(double seconds, int threads);                    // 1e9 exponentials a second
   double (*measure_stream)(int64_t bytes, double seconds, int threads);  // GB/s, read plus written
 };

@@ -17,6 +17,7 @@ void kmeans_closest(const KMeansClosest& problem, int threads);
 int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials, int threads);
 void kmeans_seed(const KMeansSeed& problem, int threads);
 double measure_fma(double seconds, int threads);
+double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
 double measure_stream(int64_t bytes, double seconds, int threads);
 
@@ -33,7 +34,7 @@ const Kernels table = {kmeans_assign_workspace,
                        kmeans_closest,
                        kmeans_seed_workspace,
                        kmeans_seed,
-                       measure_fma,
+                       measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
 
