@@ -35,7 +35,7 @@ def amount(work: Work, limit: str) -> float:
 
 
 def measure_cpu(threads: int, seconds: float) -> Floors:
-    """FMA, bf16 tile, exp and stream rates by the extension's own loops, or by torch where it was not built."""
+    """FMA, bf16 tile, exp and stream rates by the extension's loops, or by torch where it was not built."""
     from clustops.native import extension
 
     stream_bytes = 1 << 26

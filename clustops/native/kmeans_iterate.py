@@ -11,7 +11,6 @@ from ..reference import kmeans_split
 from . import extension, register, view
 from . import kmeans_iterate_cuda as cuda
 
-
 _CACHE = 1 << 20  # bytes of a problem that stay in a level 2 cache
 
 
