@@ -22,8 +22,6 @@ constexpr int64_t kBoundRows = 2048;
 constexpr int kAtOnce = 4;
 // Features of one unit of the sums: whole cache lines of x and of the sums.
 constexpr int64_t kSlice = 32;
-// Sums of one unit that stay in the level 2 cache while rows come by.
-constexpr int64_t kSumBytes = 1 << 20;
 
 // Magnitudes compare as the integers of their bits do, and a NaN is above them all.
 inline int32_t magnitude(float value) {
@@ -256,9 +254,8 @@ void kmeans_sums(const KMeansSums& a, int threads) {
   const int64_t columns = rows.features + 1;
   if (rows.problems == 0 || rows.rows == 0 || a.clusters == 0) return;
   const int64_t wanted = threads > 1 ? divide_up(4 * threads, rows.problems) : 1;
-  const int64_t fits = std::max<int64_t>(1, kSumBytes / (2 * 8 * a.clusters * kSlice));
   const int64_t slices = std::max<int64_t>(1, rows.features / kSlice);
-  const int64_t wide = std::min(fits, std::max<int64_t>(1, slices / wanted));
+  const int64_t wide = std::max<int64_t>(1, slices / wanted);
   const int64_t count = divide_up(slices, wide);
   const int64_t ranges = std::min(a.clusters, divide_up(wanted, count));
   parallel_for(rows.problems * count * ranges, threads, [&](int64_t i, int) {
