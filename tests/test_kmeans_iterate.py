@@ -17,6 +17,8 @@ from clustops import kmeans_lloyd, native
 from clustops.checks import ClustopsWarning
 from clustops.kmeans import KMeansResult, kmeans
 from clustops.native import kmeans_iterate
+from clustops.reference import kmeans_ops as ops
+from clustops.reference.kmeans_iterate import iterate
 
 needs_extension = pytest.mark.skipif(native.extension is None, reason=f"no extension: {native.why_not}")
 
@@ -88,6 +90,19 @@ def test_one_kernel_gives_the_bits_of_single_iterations(
             found = kmeans(x, k, **options)
         assert asked.call_count == 1
         assert_same(found, step_by_step(x, k, **options))
+
+
+@needs_extension
+@pytest.mark.usefixtures("instruction_set")
+def test_each_restart_splits_by_draws_of_its_own() -> None:
+    x, weights = torch.randn(2, 60, 3, generator=generator(1)), torch.ones(2, 60, dtype=torch.float64)
+    grid = ops.units(ops.bounds(x, weights), torch.tensor([60, 60]))
+    start = (x[:, :1] + 100 * torch.arange(8).view(1, 8, 1)).repeat_interleave(3, 0)
+    arguments = (x, start, weights, grid, 2, False, "split", 5)
+    found = torch.ops.clustops.kmeans_iterate(*arguments)
+    for part, expected in zip(found, iterate(*arguments), strict=True):
+        assert torch.equal(part, expected)
+    assert not torch.equal(found[0][0], found[0][1])
 
 
 @needs_extension

@@ -16,6 +16,10 @@ from torch import Tensor
 
 SOURCES = Path(__file__).parent / "native"
 COMPILER = shutil.which("g++")
+OTHERS = [
+    str(SOURCES.parents[1] / "csrc" / "cpu" / f"kmeans_{name}.cpp")
+    for name in ("nearest", "iterate", "update")
+]
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -50,6 +54,11 @@ def assign(program: Path, x: Tensor, centroids: Tensor, option: int) -> tuple[Te
     assert run.returncode == 0, run.stderr.decode()
     labels = np.frombuffer(run.stdout, np.int64, b * n).reshape(b, n)
     distances = np.frombuffer(run.stdout, np.float32, b * n, offset=8 * b * n).reshape(b, n)
+    top = min(2, centroids.shape[1])
+    nearest = np.frombuffer(run.stdout, np.int64, b * n * top, offset=12 * b * n).reshape(b, n, top)
+    assert np.array_equal(nearest[..., 0], labels)
+    moved = np.frombuffer(run.stdout, np.float32, centroids.numel(), offset=12 * b * n + 8 * b * n * top)
+    assert np.isfinite(moved).all()
     return torch.from_numpy(labels.copy()), torch.from_numpy(distances.copy())
 
 
@@ -66,9 +75,15 @@ def draw(b: int, n: int, k: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(b, n, d, generator=g), torch.randn(b, k, d, generator=g)
 
 
-@pytest.fixture(scope="module", params=[name for name in SETS if runnable(name)])
+RUNNABLE = [name for name in SETS if runnable(name)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[*(pytest.param(name, marks=pytest.mark.slow) for name in RUNNABLE[:-1]), RUNNABLE[-1]],
+)
 def cpu_kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS]
+    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, *OTHERS]
     return build(tmp_path_factory.mktemp(request.param), "kmeans.cpp", *flags)
 
 
@@ -85,6 +100,6 @@ def test_the_cpu_kernel_stays_in_bounds(cpu_kernel: Path, b: int, n: int, k: int
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline"]
+    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", *OTHERS]
     program = build(tmp_path, "kmeans.cpp", *flags)
     check(program, *draw(2, 1100, 70, 9, 0), 4)

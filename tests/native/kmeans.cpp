@@ -1,6 +1,8 @@
 // Runs k-means assignment outside Python, so that a sanitizer can watch it: the CPU kernel (CLUSTOPS_ISA names the
 // instruction set).
-// stdin: int64 problems, rows, clusters, features, threads; then x and centroids as fp32. stdout: labels, distances.
+// stdin: int64 problems, rows, clusters, features, threads; then x and centroids as fp32. stdout: labels, distances, the
+// labels of the two nearest, and centroids after three iterations.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -13,6 +15,13 @@
 #else
 #include "../../csrc/cpu/kmeans.cpp"
 #endif
+
+#include "../../csrc/common/kmeans_iterate.h"
+
+namespace clustops::cpu::CLUSTOPS_ISA {
+void kmeans_nearest(const KMeansAssign& problem, int64_t top, int threads);
+void kmeans_iterate(const KMeansIterate& problem, int threads);
+}  // namespace clustops::cpu::CLUSTOPS_ISA
 
 namespace {
 
@@ -48,4 +57,23 @@ int main() {
   kernel::kmeans_assign(problem, threads);
   write(labels);
   write(distances);
+
+  const int64_t top = k < 2 ? k : 2;
+  std::vector<int64_t> nearest(b * n * top, -7);
+  std::vector<float> nearest_distances(b * n * top, -7);
+  problem.labels = nearest.data();
+  problem.distances = nearest_distances.data();
+  kernel::kmeans_nearest(problem, top, threads);
+  write(nearest);
+
+  const double one = 1;
+  std::vector<double> grid(b * 2 * (d + 1), 0x1p-40);  // coarse and fine parts of small numbers
+  for (int64_t i = 0; i < b; ++i) std::fill_n(grid.begin() + (2 * i + 1) * (d + 1), d + 1, 0x1p-80);
+  std::vector<float> moved(b * k * d);
+  std::vector<int64_t> repaired(b), still(b);
+  const clustops::KMeansRows rows{x.data(), &one, b, n, d, n * d, d, 0, 0, problem.dtype};
+  kernel::kmeans_iterate({rows, grid.data(), centroids.data(), moved.data(), labels.data(), repaired.data(), still.data(),
+                          b, k, 3, false, true, 0},
+                         threads);
+  write(moved);
 }
