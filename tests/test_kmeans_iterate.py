@@ -122,6 +122,14 @@ def test_the_number_of_threads_changes_no_bit_of_many_problems() -> None:
 
 
 @needs_extension
+@pytest.mark.usefixtures("instruction_set")
+def test_a_split_of_rows_one_rounding_apart_takes_the_whole_way() -> None:
+    x = torch.tensor([[[1.0], [1.0 + 2.0**-23]], [[8.0], [8.0 + 2.0**-20]]])
+    options = {"init": x[:, :1].expand(2, 2, 1), "max_iter": 1, "tol": 0}
+    assert_same(kmeans(x, 2, **options), step_by_step(x, 2, **options))
+
+
+@needs_extension
 def test_only_small_problems_in_one_process_go_through_it() -> None:
     centroids = torch.zeros(4, 3, 64)
     assert kmeans_iterate.fits(torch.empty(4, 2048, 64), centroids, False)

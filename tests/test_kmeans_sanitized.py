@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SETS, build, runnable
+from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
 from torch import Tensor
 
 from clustops.reference import kmeans_ops, kmeans_seeding
@@ -91,7 +91,7 @@ def check_seeding(
         found.assert_next(expected)
 
 
-@pytest.fixture(scope="module", params=[name for name in SETS if runnable(name)])
+@pytest.fixture(scope="module", params=SANITIZED)
 def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, EXACT]
