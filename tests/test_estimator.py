@@ -459,9 +459,8 @@ def test_partial_fit_ignores_how_rows_of_a_batch_are_ordered(n: int, seed: int) 
     x, start = noise(n + 3, seed=seed), noise(3, seed=seed + 1)
     one = KMeans(3, init=start).partial_fit(x)
     other = KMeans(3, init=start).partial_fit(x.flip(0))
-    if (
-        len(kmeans_assign(x, start)[0].unique()) == 3
-    ):  # else a centre starts anew at a row chosen by its index
+    # A centre without a row would start anew at some row.
+    if len(kmeans_assign(x, start)[0].unique()) == 3:
         assert torch.equal(one.cluster_centers_, other.cluster_centers_)
 
 
