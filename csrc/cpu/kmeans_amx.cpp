@@ -177,7 +177,7 @@ class Block {
   void decide(int64_t s, int64_t g0, int64_t groups) {
     State<T>& state = state_[s];
     const uint32_t wanted =
-        _mm512_cmp_ps_mask(_mm512_load_ps(state.best), _mm512_load_ps(state.upper), _CMP_NGT_UQ);
+        state.usable & _mm512_cmp_ps_mask(_mm512_load_ps(state.best), _mm512_load_ps(state.upper), _CMP_NGT_UQ);
     if (!wanted) return;
     __m512 score[kSide];
     int place[kSide];
@@ -205,7 +205,8 @@ class Block {
       look(state, s, r, g0 + state.group[r], score[r], 1u << place[r]);
     }
     for (int64_t g = 0; g < groups; ++g) {
-      uint32_t rows = _mm512_cmp_ps_mask(_mm512_load_ps(low(s, g)), _mm512_load_ps(state.upper), _CMP_NGT_UQ);
+      const __m512 bounds = _mm512_load_ps(low(s, g));
+      uint32_t rows = state.usable & _mm512_cmp_ps_mask(bounds, _mm512_load_ps(state.upper), _CMP_NGT_UQ);
       for (; rows; rows &= rows - 1) {
         const int r = __builtin_ctz(rows);
         look(state, s, r, g0 + g, scores_of(s, r, g), 0);

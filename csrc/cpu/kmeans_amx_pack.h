@@ -125,6 +125,7 @@ struct alignas(64) State {
   float best[kSide];      // smallest lower bound of this chunk,
   int32_t group[kSide];   // and where it is
   Nearest<T> nearest[kSide];
+  uint32_t usable;        // rows whose scores mean something: not those past the end, nor with overflows or a NaN
 };
 
 // `count` rows from row i on, as [steps, 16 pairs, 16 rows] pairs of bf16; missing rows are zero and want nothing.
@@ -142,12 +143,12 @@ void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign
     state.nearest[r] = {a.clusters, std::numeric_limits<T>::infinity()};
   }
   const Norms norms(squares, a.features);
-  const __mmask16 usable = _mm512_cmp_ps_mask(norms.square, _mm512_set1_ps(kTooLarge), _CMP_LT_OQ) & ((1u << count) - 1);
+  state.usable = _mm512_cmp_ps_mask(norms.square, _mm512_set1_ps(kTooLarge), _CMP_LT_OQ) & ((1u << count) - 1);
   _mm512_store_ps(state.square, norms.square);
   _mm512_store_ps(state.norm, norms.norm);
   _mm512_store_ps(state.rest, norms.rest + norms.residual);
   _mm512_store_ps(state.residual, norms.residual);
-  _mm512_store_ps(state.upper, _mm512_mask_blend_ps(usable, _mm512_set1_ps(-kInfinity), _mm512_set1_ps(kInfinity)));
+  _mm512_store_ps(state.upper, _mm512_set1_ps(kInfinity));
   for (int64_t s = 0; s < frame.steps; ++s) transpose(rounded + s * kStep, frame.padded, packed + s * 2 * kTile);
 }
 
