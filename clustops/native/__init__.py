@@ -71,6 +71,11 @@ def view(tensor: torch.Tensor) -> Any:
     return to_dlpack(tensor)
 
 
+def dense_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with neighbouring features, at any stride otherwise: a copy only where they are apart."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _no_second_derivative(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *gradients: Any) -> Any:
         raise RuntimeError(

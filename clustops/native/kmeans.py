@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import extension, register, view
+from . import dense_rows, extension, register, view
 
 
 def _fake(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
@@ -17,9 +17,8 @@ def _fake(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) 
 def _prepare(x: Tensor, centroids: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows with neighbouring features (at any stride otherwise), centroids, and room for the result."""
     shape, dtype = (*x.shape[:2], top), ops.accumulator(x.dtype)
-    rows = x if x.stride(-1) == 1 else x.contiguous()
     labels, distances = x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=dtype)
-    return rows, centroids.to(dtype).contiguous(), labels, distances
+    return dense_rows(x), centroids.to(dtype).contiguous(), labels, distances
 
 
 def _cpu(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference import kmeans_iterate as reference
 from ..reference import kmeans_ops as ops
 from ..reference import kmeans_split
-from . import extension, register, view
+from . import dense_rows, extension, register, view
 from . import kmeans_iterate_cuda as cuda
 
 _CACHE = 1 << 20  # bytes of a problem that stay in a level 2 cache
@@ -39,7 +39,7 @@ def _iterate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if cosine or x.dtype == torch.float64:
         return reference.iterate(x, centroids, weights, grid, iterations, cosine, empty, seed)
-    x, e = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous(), centroids.shape[0]
+    x, e = dense_rows(x), centroids.shape[0]
     result = centroids.new_empty(centroids.shape, dtype=torch.float32)
     labels = x.new_empty((e, x.shape[1]), dtype=torch.int64)
     repaired, still = labels.new_empty(e), labels.new_empty(e)

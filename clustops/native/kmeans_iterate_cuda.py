@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_iterate as reference
-from . import extension, view
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+from . import dense_rows, extension, view
 
 
 def fits(x: Tensor, k: int) -> bool:
@@ -34,7 +30,7 @@ def iterate(
     """``clustops::kmeans_iterate``."""
     if not fits(x, centroids.shape[1]):
         return reference.iterate(x, centroids, weights, grid, iterations, cosine, empty, seed)
-    x, e = _aligned(x), centroids.shape[0]
+    x, e = dense_rows(x), centroids.shape[0]
     result = centroids.new_empty(centroids.shape, dtype=torch.float32)
     labels = x.new_empty((e, x.shape[1]), dtype=torch.int64)
     repaired, still = labels.new_empty(e), labels.new_empty(e)

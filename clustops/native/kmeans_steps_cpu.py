@@ -6,18 +6,13 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import extension, view
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Rows with neighbouring features, at any stride otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+from . import dense_rows, extension, view
 
 
 def bounds(x: Tensor, weights: Tensor) -> Tensor:
     """``clustops::kmeans_bounds``."""
     result = x.new_empty((x.shape[0], x.shape[2] + 1), dtype=torch.float64)
-    extension.kmeans_bounds(view(_rows(x)), view(weights), view(result), torch.get_num_threads())
+    extension.kmeans_bounds(view(dense_rows(x)), view(weights), view(result), torch.get_num_threads())
     return result
 
 
@@ -35,7 +30,7 @@ def sums_(
     extension.kmeans_sums(
         view(total),
         view(number),
-        view(_rows(x)),
+        view(dense_rows(x)),
         view(labels.contiguous()),
         view(weights),
         view(grid.contiguous()),
@@ -65,16 +60,6 @@ def counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
     return result
 
 
-def cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``clustops::cluster_means``."""
-    b, n, d = x.shape
-    grid = ops.units(bounds(x, weights), (weights > 0).sum(1))
-    total, occupied = x.new_zeros((b, 2, k, d + 1), dtype=torch.float64), labels.new_zeros((b, k))
-    sums_(total, occupied, x, labels, weights, grid)
-    nothing = x.new_zeros((b, k, d), dtype=ops.accumulator(x.dtype))
-    return means(total, nothing)[0], counts(labels, weights.new_ones(()).expand(b, n), k)
-
-
 def potentials(
     x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -83,7 +68,7 @@ def potentials(
     result = candidates.new_empty(candidates.shape[:2], dtype=torch.int64)
     improves = closest.new_empty(closest.shape, dtype=torch.int32)
     given = (candidates.to(dtype).contiguous(), closest.to(dtype).contiguous(), weights, scale.contiguous())
-    arguments = (view(t) for t in (_rows(x), *given, result, improves))
+    arguments = (view(t) for t in (dense_rows(x), *given, result, improves))
     extension.kmeans_potentials(*arguments, torch.get_num_threads())
     return result, improves
 
@@ -99,7 +84,7 @@ def closest_(
     lowered = closest if closest.stride(-1) == 1 else closest.contiguous()
     extension.kmeans_closest(
         view(lowered),
-        view(_rows(x)),
+        view(dense_rows(x)),
         view(centroid.to(closest.dtype).contiguous()),
         None if improves is None else view(improves.contiguous()),
         None if chosen is None else view(chosen.contiguous()),
@@ -121,7 +106,7 @@ def draws(position: Tensor, seed: int, use: int, restarts: int, iteration: int) 
 def seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
     """``clustops::kmeans_seed``."""
     trials, threads = uniform.shape[1] // max(1, k), torch.get_num_threads()
-    rows, draws = view(_rows(x)), view(uniform[:, : k * trials].contiguous())
+    rows, draws = view(dense_rows(x)), view(uniform[:, : k * trials].contiguous())
     chosen = uniform.new_empty((uniform.shape[0], k), dtype=torch.int64)
     workspace = chosen.new_empty(extension.kmeans_seed_workspace_cpu(rows, draws, k, threads))
     extension.kmeans_seed(rows, view(weights), draws, view(chosen), view(workspace), threads)

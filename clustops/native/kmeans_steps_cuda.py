@@ -6,21 +6,16 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import extension, view
+from . import dense_rows, extension, view
 
 
 def _stream(x: Tensor) -> int:
     return int(torch.cuda.current_stream(x.device).cuda_stream)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """Rows with neighbouring features, at any stride otherwise."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def bounds(x: Tensor, weights: Tensor) -> Tensor:
     """``clustops::kmeans_bounds``."""
-    x = _rows(x)
+    x = dense_rows(x)
     result = x.new_empty((x.shape[0], x.shape[2] + 1), dtype=torch.float64)
     with torch.cuda.device(x.device):
         extension.kmeans_bounds_cuda(view(x), view(weights), view(result), _stream(x))
@@ -37,7 +32,7 @@ def sums_(
     before: Tensor | None = None,
 ) -> None:
     """``clustops::kmeans_sums_``."""
-    x, total, number = _rows(x), sums.contiguous(), counts.contiguous()
+    x, total, number = dense_rows(x), sums.contiguous(), counts.contiguous()
     with torch.cuda.device(x.device):
         extension.kmeans_sums_cuda(
             view(total),
@@ -75,21 +70,11 @@ def counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
     return result
 
 
-def cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``clustops::cluster_means``."""
-    b, n, d = x.shape
-    grid = ops.units(bounds(x, weights), (weights > 0).sum(1))
-    total, occupied = x.new_zeros((b, 2, k, d + 1), dtype=torch.float64), labels.new_zeros((b, k))
-    sums_(total, occupied, x, labels, weights, grid)
-    nothing = x.new_zeros((b, k, d), dtype=ops.accumulator(x.dtype))
-    return means(total, nothing)[0], counts(labels, weights.new_ones(()).expand(b, n), k)
-
-
 def potentials(
     x: Tensor, candidates: Tensor, closest: Tensor, weights: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``clustops::kmeans_potentials``."""
-    x, dtype = _rows(x), ops.accumulator(x.dtype)
+    x, dtype = dense_rows(x), ops.accumulator(x.dtype)
     result = candidates.new_empty(candidates.shape[:2], dtype=torch.int64)
     improves = closest.new_empty(closest.shape, dtype=torch.int32)
     given = (candidates.to(dtype).contiguous(), closest.to(dtype).contiguous(), weights, scale.contiguous())
@@ -106,7 +91,7 @@ def closest_(
     chosen: Tensor | None = None,
 ) -> None:
     """``clustops::kmeans_closest_``."""
-    x = _rows(x)
+    x = dense_rows(x)
     masked = improves is not None and chosen is not None
     with torch.cuda.device(x.device):
         extension.kmeans_closest_cuda(
@@ -121,7 +106,7 @@ def closest_(
 
 def seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
     """``clustops::kmeans_seed``."""
-    x, (n, d) = _rows(x), x.shape[1:]
+    x, (n, d) = dense_rows(x), x.shape[1:]
     entries, trials = uniform.shape[0], uniform.shape[1] // max(1, k)
     chosen = uniform.new_empty((entries, k), dtype=torch.int64)
     size = extension.kmeans_seed_workspace(entries, n, d, trials)

@@ -40,6 +40,16 @@ def _fake_cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> t
     return x.new_empty((b, k, d), dtype=ops.accumulator(x.dtype)), labels.new_empty((b, k))
 
 
+def _cluster_means(x: Tensor, labels: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``ops.cluster_means`` by the kernels of its steps."""
+    (b, n, d), step = x.shape, torch.ops.clustops
+    grid = ops.units(step.kmeans_bounds(x, weights), (weights > 0).sum(1))
+    total, occupied = x.new_zeros((b, 2, k, d + 1), dtype=torch.float64), labels.new_zeros((b, k))
+    step.kmeans_sums_(total, occupied, x, labels, weights, grid)
+    means, _ = step.kmeans_means(total, x.new_zeros((b, k, d), dtype=ops.accumulator(x.dtype)))
+    return means, step.kmeans_counts(labels, weights.new_ones(()).expand(b, n), k)
+
+
 _cpu = hasattr(extension, "kmeans_sums")
 _cuda = hasattr(extension, "kmeans_sums_cuda")
 
@@ -76,6 +86,6 @@ register(
     "cluster_means(Tensor x, Tensor labels, Tensor weights, SymInt k) -> (Tensor means, Tensor counts)",
     reference=ops.cluster_means,
     fake=_fake_cluster_means,
-    cpu=cpu.cluster_means if _cpu else None,
-    cuda=cuda.cluster_means if _cuda else None,
+    cpu=_cluster_means if _cpu else None,
+    cuda=_cluster_means if _cuda else None,
 )
