@@ -107,6 +107,15 @@ def test_each_restart_splits_by_draws_of_its_own() -> None:
 
 @needs_extension
 @pytest.mark.usefixtures("instruction_set")
+def test_problems_of_far_apart_scales_are_each_summed_on_a_grid_of_their_own() -> None:
+    scale = torch.tensor([1e15, 1.0, 1e-15]).view(3, 1, 1)
+    x = torch.randn(3, 40, 5, generator=generator(2)) * scale
+    options = {"init": x[:, :4], "max_iter": 4, "tol": 0}
+    assert_same(kmeans(x, 4, **options), step_by_step(x, 4, **options))
+
+
+@needs_extension
+@pytest.mark.usefixtures("instruction_set")
 def test_the_number_of_threads_changes_no_bit_of_many_problems() -> None:
     x = torch.randn(9, 50, 3, generator=generator(0))
     before = torch.get_num_threads()

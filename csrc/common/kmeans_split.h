@@ -33,6 +33,14 @@ struct KMeansSplit {
   DType dtype;
 };
 
+constexpr float kSplitStep = 0x1p-5f;  // as a part of the way to the farthest row
+
+// The random stream of an iteration's donors, of those that reference/kmeans_ops.py lays out.
+CLUSTOPS_HOST_DEVICE inline uint64_t split_stream(int64_t restart, int64_t iteration) {
+  constexpr uint64_t kSplitUse = 2, kUses = 4;
+  return kSplitUse + kUses * static_cast<uint64_t>(restart) + (static_cast<uint64_t>(iteration) << 32);
+}
+
 KMeansMembers kmeans_members_arguments(const Tensor& score, const Tensor& labels, const Tensor& weights,
                                        const Tensor& best, const Tensor* places, int64_t offset, bool last,
                                        Device device);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../common/kmeans_split.h"
 #include "../common/parallel.h"
 #include "../common/philox.h"
 #include "kernels.h"
@@ -18,9 +19,6 @@ void kmeans_sums(const KMeansSums& problem, int threads);
 void kmeans_means(const KMeansMeans& problem, int threads);
 
 namespace {
-
-constexpr float kStep = 0x1p-5f;              // of a split, as a part of the way to the farthest row
-constexpr uint64_t kSplitUse = 2, kUses = 4;  // of the random streams in reference/kmeans_ops.py
 
 class Entry {
  public:
@@ -101,8 +99,7 @@ class Entry {
       tickets[k] = total;
     }
     if (total == 0) return 0;
-    const int64_t restart = e_ % (a_.entries / a_.rows.problems);
-    const uint64_t stream = kSplitUse + kUses * static_cast<uint64_t>(restart) + (static_cast<uint64_t>(iteration) << 32);
+    const uint64_t stream = split_stream(e_ % (a_.entries / a_.rows.problems), iteration);
     for (int64_t k = k_ - 1; k >= 0; --k) {
       if (counts_[k] != 0) continue;
       const double drawn = philox_uniform(a_.seed, stream, static_cast<uint64_t>(k)) * static_cast<double>(total);
@@ -122,13 +119,13 @@ class Entry {
   void move_apart(float* donor, float* child, const float* row) const {
     bool apart = false;
     for (int64_t d = 0; d < d_; ++d) {
-      const float step = kStep * (row[d] - donor[d]);
+      const float step = kSplitStep * (row[d] - donor[d]);
       apart |= donor[d] + step != donor[d] - step;
     }
     for (int64_t d = 0; d < d_; ++d) {
       const float way = row[d] - donor[d], m = donor[d];
-      child[d] = apart ? m + kStep * way : m + way;  // the whole way where the step is lost in rounding
-      donor[d] = apart ? m - kStep * way : m;
+      child[d] = apart ? m + kSplitStep * way : m + way;  // the whole way where the step is lost in rounding
+      donor[d] = apart ? m - kSplitStep * way : m;
     }
   }
 

@@ -13,8 +13,6 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int64_t kNowhere = INT64_MIN;
-constexpr uint64_t kSplitUse = 2, kUses = 4;  // of the random streams in reference/kmeans_ops.py
-constexpr double kStep = 0x1p-5;  // of a split, as a part of the way to the farthest row
 
 // Floats as integers in the same order, a NaN above all.
 template <class A>
@@ -150,8 +148,7 @@ __global__ void __launch_bounds__(kThreads) draw_donors(KMeansSplit a) {
     for (int64_t k = first; k < end; ++k) tickets[k] = before += tickets[k];
     __syncthreads();
     const int64_t total = running[kThreads - 1];
-    const uint64_t stream =
-        kSplitUse + kUses * static_cast<uint64_t>(e % a.restarts) + (static_cast<uint64_t>(a.iteration) << 32);
+    const uint64_t stream = split_stream(e % a.restarts, a.iteration);
     for (int64_t k = threadIdx.x; k < a.clusters && total > 0; k += kThreads) {
       if (a.counts[e * a.clusters + k] != 0) continue;
       const double uniform = philox_uniform(a.seed, stream, static_cast<uint64_t>(k));
@@ -184,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) move(KMeansSplit a) {
     const A* far = static_cast<const A*>(a.farthest) + i * a.features;
     A* donor = static_cast<A*>(a.centroids) + i * a.features;
     A* child = static_cast<A*>(a.centroids) + (i / a.clusters * a.clusters + a.child[i]) * a.features;
-    const A part = static_cast<A>(kStep);
+    const A part = static_cast<A>(kSplitStep);
     bool apart = false;
     for (int64_t d = lane; d < a.features; d += kWarp) {
       const A step = mul(part, sub(far[d], mean[d]));

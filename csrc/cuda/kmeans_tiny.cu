@@ -3,6 +3,7 @@
 // Scores x.c - ||c||^2 / 2 come from tensor cores with operands of two bf16 parts. A score is known up to a bound; where
 // the two best come closer than that, ||x - c||^2 in fp32 decides. Sums by cluster are exact (kmeans_update.cu), so a
 // row that changes its cluster leaves one sum and joins another, and once no row does, nothing will change any more.
+#include "../common/kmeans_split.h"
 #include "../common/philox.h"
 #include "element.h"
 #include "kernels.h"
@@ -16,10 +17,8 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kTiles = 4;         // of 8 centroids, whose scores a warp holds at once
-constexpr int kPad = 8;           // keeps neighbouring rows of 16-bit numbers in different banks
-constexpr float kStep = 0x1p-5f;  // of a split, as a part of the way to the farthest row
-constexpr uint64_t kSplitUse = 2, kUses = 4;  // of the random streams in reference/kmeans_ops.py
+constexpr int kTiles = 4;  // of 8 centroids, whose scores a warp holds at once
+constexpr int kPad = 8;    // keeps neighbouring rows of 16-bit numbers in different banks
 
 constexpr int round_up(int value, int to) { return (value + to - 1) / to * to; }
 
@@ -405,15 +404,15 @@ struct Entry {
       const T* far = row(part<int>(at.farthest)[donor]);
       bool apart = false;
       for (int d = lane; d < at.d; d += kWarp) {
-        const float step = mul(kStep, sub(value_of(far[d]), one[d]));
+        const float step = mul(kSplitStep, sub(value_of(far[d]), one[d]));
         apart |= sub(one[d], step) != cuda::add(one[d], step);
       }
       apart = any(apart);
       for (int d = lane; d < at.d; d += kWarp) {
         // Where the step is lost in rounding the child takes the whole way.
         const float way = sub(value_of(far[d]), one[d]), mean = one[d];
-        other[d] = cuda::add(mean, apart ? mul(kStep, way) : way);
-        one[d] = apart ? sub(mean, mul(kStep, way)) : mean;
+        other[d] = cuda::add(mean, apart ? mul(kSplitStep, way) : way);
+        one[d] = apart ? sub(mean, mul(kSplitStep, way)) : mean;
       }
       __syncwarp();
       if (cosine) normalise(one), normalise(other);
@@ -467,8 +466,7 @@ __global__ void __launch_bounds__(kThreads, 2) iterate(KMeansIterate a, Layout a
       }
       entry.average(a.cosine);
       if (acts) {
-        const uint64_t stream = kSplitUse + kUses * static_cast<uint64_t>(e % restarts) + (static_cast<uint64_t>(i) << 32);
-        entry.draw_donors(a.seed, stream);
+        entry.draw_donors(a.seed, split_stream(e % restarts, i));
         entry.split(a.cosine);
       }
       shifted = entry.advance();
