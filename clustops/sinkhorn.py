@@ -11,21 +11,35 @@ import torch
 from torch import Tensor
 
 from .arrays import like, to_tensor
-from .checks import check_choice, check_floating, check_positive, reject
+from .checks import (
+    check_choice,
+    check_finite,
+    check_floating,
+    check_positive,
+    check_same_device,
+    check_tensor,
+    reject,
+    shape_of,
+    values_are_checked,
+)
 from .distributed import Group, check_group
 from .reference import sinkhorn_ops as reference
 from .sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
 from .sinkhorn_matrix import sinkhorn_matrix
 from .sinkhorn_queue import FeatureQueue
 from .sinkhorn_solve import (
+    Problems,
     Settings,
     as_problems,
     check_bound,
+    check_counted,
     check_potentials,
     check_scores,
     check_settings,
+    check_solved,
     prior_row,
     prototype_row,
+    queue_problems,
     row_weights,
     solve,
 )
@@ -52,9 +66,11 @@ def sinkhorn(
     mass: float | None = None,
     tol: float | None = None,
     init: Any = None,
+    queue_scores: Any = None,
     hard: bool = False,
     gradient: str | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     group: Group = None,
     return_potentials: bool = False,
 ) -> Any:
@@ -68,13 +84,16 @@ def sinkhorn(
     Args:
         scores: ``[..., B, K]``; leading dimensions are independent problems. fp32, bf16, fp16 or fp64, a
             tensor or another kind of array.
-        epsilon, n_iters, prior, weights, relax, mass, tol, init, group: see :func:`sinkhorn_potentials`.
+        epsilon, n_iters, prior, weights, relax, mass, tol, init, queue_scores, group: see
+            :func:`sinkhorn_potentials`. Rows of a queue get no assignment.
         hard: one-hot rows: 1 at the largest entry, ties to the lowest index. A row whose largest entry is the
             virtual column of ``mass`` is all 0.
         gradient: ``None``: the result carries no gradient. ``"last_step"``: that of the final softmax, with
             ``a`` constant. ``"unrolled"``: through all updates; keeps O(n_iters B K) numbers for the backward
             pass and, with ``group``, each rank gets the gradient of the sum of all ranks' losses.
         dtype: of the assignments: ``None`` for fp32 (fp64 for fp64 scores), or the dtype of ``scores``.
+        out: a contiguous tensor of the shape of ``scores`` that receives the assignments and is returned:
+            where a step makes them anew, fresh memory costs as much as the arithmetic. Not with a gradient.
         return_potentials: also return ``a``.
 
     Returns:
@@ -105,16 +124,21 @@ def sinkhorn(
         check_choice(gradient, "gradient", ("last_step", "unrolled"))
         if hard:
             reject("hard", "False with a gradient", hard, "a one-hot assignment has none: pass gradient=None")
-    settings = Settings(epsilon, n_iters, relax, mass, tol)
-    potentials = _solve_checked(scores, prior, weights, init, group, settings, gradient == "unrolled")
-    problems, dtype = as_problems(scores), _output_dtype(dtype, scores)
+        if out is not None:
+            reject("out", "None with a gradient", shape_of(out), "autograd needs memory of its own")
+    settings = check_settings(Settings(epsilon, n_iters, relax, mass, tol))
+    problems = _checked(scores, queue_scores, prior, weights, init, group, settings)
     if gradient is None:
-        assignments = torch.ops.clustops.assign_from_potentials(
-            problems.detach(), potentials, epsilon, hard, dtype
-        )
+        assignments = _room(out, dtype, scores)
+        potentials = solve(problems, group, settings, out=as_problems(assignments), hard=hard)
     else:
-        assignments = reference.assign_from_potentials(problems, potentials, epsilon, hard, dtype)
-    assignments = assignments.view(scores.shape)
+        whole, unrolled = as_problems(scores), gradient == "unrolled"
+        traced = problems._replace(scores=whole) if unrolled else problems
+        potentials = solve(traced, group, settings, differentiable=unrolled)
+        wide = _output_dtype(dtype, scores)
+        assignments = reference.assign_from_potentials(whole, potentials, epsilon, hard, wide)
+        assignments = assignments.view(scores.shape)
+    check_solved(potentials, problems, group)
     if not return_potentials:
         return restore(assignments)
     return restore(assignments), restore(potentials.view(*scores.shape[:-2], -1))
@@ -131,6 +155,7 @@ def sinkhorn_potentials(
     mass: float | None = None,
     tol: float | None = None,
     init: Any = None,
+    queue_scores: Any = None,
     bound: float | None = None,
     group: Group = None,
 ) -> Any:
@@ -164,6 +189,8 @@ def sinkhorn_potentials(
         init: ``[K]`` or ``[..., K]`` (one more with ``mass``): potentials to start from, all updates are then
             of the second kind. ``n_iters=5`` is ``n_iters=3``, then 2 from its result. Zeros give rows-first
             Sinkhorn.
+        queue_scores: ``[N, K]`` or ``[..., N, K]``: scores of further rows, of weight 1, with a say in ``a``,
+            as those of a :class:`FeatureQueue`. N may be 0. With ``group``, this rank's share of them.
         bound: a promise that ``|s| <= bound`` (1 for unit vectors): saves the search for column maxima,
             changes nothing else.
         group: a process group whose ranks each hold some of the rows, of any number, none included. Needs one
@@ -191,8 +218,10 @@ def sinkhorn_potentials(
     restore = like(scores)
     scores = to_tensor(scores, "scores")
     check_floating(scores, "scores")
-    settings = Settings(epsilon, n_iters, relax, mass, tol, bound)
-    potentials = _solve_checked(scores, prior, weights, init, group, settings, False)
+    settings = check_settings(Settings(epsilon, n_iters, relax, mass, tol, bound))
+    problems = _checked(scores, queue_scores, prior, weights, init, group, settings)
+    potentials = solve(problems, group, settings)
+    check_solved(potentials, problems, group)
     return restore(potentials.view(*scores.shape[:-2], -1))
 
 
@@ -203,6 +232,7 @@ def assign_from_potentials(
     epsilon: float = 0.05,
     hard: bool = False,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Any:
     """Assignments ``softmax_k(s / epsilon + a)`` of any rows, seen before or not, under given potentials.
 
@@ -212,7 +242,7 @@ def assign_from_potentials(
         potentials: ``[K]`` or ``[..., K]``; with a further entry, the virtual column of ``mass``, rows sum to
             less than 1.
         epsilon: the one that the potentials were made with.
-        hard, dtype: see :func:`sinkhorn`.
+        hard, dtype, out: see :func:`sinkhorn`.
 
     Returns:
         ``[..., B, K]``, contiguous, without gradient, the kind of array that ``scores`` is.
@@ -232,36 +262,61 @@ def assign_from_potentials(
     check_positive(epsilon, "epsilon", "pass the epsilon of the potentials")
     potentials = prototype_row(to_tensor(potentials, "potentials"), "potentials", scores, virtual=None)
     check_potentials(potentials, "potentials")
-    problems = as_problems(scores.detach())
-    result = torch.ops.clustops.assign_from_potentials(
-        problems, potentials, epsilon, hard, _output_dtype(dtype, scores)
+    result = _room(out, dtype, scores)
+    torch.ops.clustops.assign_from_potentials_(
+        as_problems(result), as_problems(scores.detach()), potentials, epsilon, hard
     )
-    return restore(result.view(scores.shape))
+    if values_are_checked(result) and bool(result[..., 0].isnan().any()):  # so are rows that are not finite
+        check_finite(scores, "scores")
+    return restore(result)
 
 
-def _solve_checked(
+def _checked(
     scores: Tensor,
+    queue_scores: Any,
     prior: Any,
     weights: Any,
     init: Any,
     group: Group,
     settings: Settings,
-    differentiable: bool,
-) -> Tensor:
-    """The potentials ``[P, K]`` or, with ``mass``, ``[P, K + 1]``, after all checks."""
+) -> Problems:
+    """All tensor arguments but the values of the scores, which the first update looks at."""
     check_group(group)
-    check_settings(settings)
     weights = None if weights is None else row_weights(to_tensor(weights, "weights"), scores, group)
-    check_scores(scores, "scores", group, weights)
+    check_scores(scores, "scores", group)
+    if settings.n_iters == 0:
+        check_counted(scores, "scores", weights)
     check_bound(scores, weights, settings.bound)
     prior = None if prior is None else prior_row(to_tensor(prior, "prior"), scores)
     if init is not None:
         init = prototype_row(to_tensor(init, "init"), "init", scores, virtual=settings.mass is not None)
         check_potentials(init, "init")
-    problems = as_problems(scores if differentiable else scores.detach())
-    if weights is not None:
-        weights = weights.reshape(problems.shape[:-1])
-    return solve(problems, prior, weights, init, group, settings, differentiable=differentiable)
+    if queue_scores is not None:
+        queue_scores = queue_problems(to_tensor(queue_scores, "queue_scores"), scores, group)
+    problems = as_problems(scores.detach())
+    weights = None if weights is None else weights.reshape(problems.shape[:-1])
+    return Problems(problems, queue_scores, prior, weights, init)
+
+
+def _room(out: Tensor | None, dtype: torch.dtype | None, scores: Tensor) -> Tensor:
+    """``out`` as it may be written to, or fresh memory."""
+    if out is None:
+        return torch.empty(scores.shape, dtype=_output_dtype(dtype, scores), device=scores.device)
+    check_tensor(out, "out")
+    check_same_device(out, "out", scores, "scores")
+    if dtype is not None and dtype != out.dtype:
+        reject("dtype", f"that of out, {out.dtype}, or None", dtype, "pass one of them")
+    if out.dtype not in (reference.accumulator(scores.dtype), scores.dtype):
+        expected = f"{reference.accumulator(scores.dtype)} or {scores.dtype}, the dtype of scores"
+        reject("out", expected, out.dtype, "pass a tensor of this dtype")
+    if out.shape != scores.shape or not out.is_contiguous():
+        got = shape_of(out) + ("" if out.is_contiguous() else ", not contiguous")
+        reject("out", f"contiguous, {shape_of(scores)} like scores", got, "pass torch.empty(scores.shape)")
+    if values_are_checked(out) and out.untyped_storage().data_ptr() == scores.untyped_storage().data_ptr():
+        reject("out", "memory of its own", "that of scores", "pass a tensor that shares nothing with them")
+    if out.requires_grad:
+        reject("out", "without requires_grad", "a tensor that has it", "pass out.detach()")
+    return out
 
 
 def _output_dtype(dtype: torch.dtype | None, scores: Tensor) -> torch.dtype:

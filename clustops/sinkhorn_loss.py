@@ -13,18 +13,22 @@ from .checks import (
     check_floating,
     check_positive,
     check_same_device,
-    check_tensor,
     reject,
     shape_of,
+    values_are_checked,
 )
 from .distributed import Group, all_reduce_sum, check_group, world_size
 from .sinkhorn_solve import (
+    Problems,
     Settings,
     as_problems,
+    check_counted,
     check_potentials,
     check_scores,
     check_settings,
+    check_solved,
     prototype_row,
+    queue_problems,
     row_weights,
     solve,
 )
@@ -74,8 +78,8 @@ def swapped_prediction_loss(
             device.
 
     Cost: ``n_iters`` passes over the assigned views and one over all views, then one in the backward pass,
-    for which the scores and O(V B) numbers are kept. A queue, and ``assign_views`` that do not follow
-    each other, copy the assigned views. Sums in fp32 (fp64 for fp64 scores).
+    for which the scores and O(V B) numbers are kept. ``assign_views`` that do not follow
+    each other copy the assigned views. Sums in fp32 (fp64 for fp64 scores).
 
     >>> swapped_prediction_loss(torch.eye(4).expand(2, 4, 4))
     tensor(0.0001)
@@ -93,12 +97,15 @@ def swapped_prediction_loss(
             "scores", "[V, B, K] with at least 2 views", shape_of(scores), "stack views: torch.stack(views)"
         )
     weights = row_weights(weights, scores[0], group)
-    check_scores(scores, "scores", group, weights)
+    check_scores(scores, "scores", group)
     _check_views(assign_views, scores.shape[0])
     assigned = _take(scores.detach(), assign_views)
     if potentials is None:
-        seen, seen_weights = _with_queue(assigned, queue_scores, weights, group)
-        bias = solve(seen, None, seen_weights, None, group, settings, axes=" (scores are [views, B, K])")
+        queue = queue_problems(queue_scores, assigned, group)
+        seen = None if weights is None else weights.expand(assigned.shape[:2])
+        problems = Problems(assigned, queue, weights=seen)
+        bias = solve(problems, group, settings, axes=" (scores are [views, B, K])")
+        check_solved(bias, problems._replace(scores=scores, weights=weights), group)
     elif queue_scores is not None:
         reject(
             "queue_scores",
@@ -110,6 +117,7 @@ def swapped_prediction_loss(
         bias = _bias(potentials, "potentials", assigned)
     pairs = [(v, a) for a, i in enumerate(assign_views) for v in range(scores.shape[0]) if v != i]
     losses = _losses(scores, assigned, bias, pairs, temperature, epsilon)
+    _check_losses(losses, weights, scores=scores)
     return _reduce(losses.mean(0), weights, group, reduction)
 
 
@@ -172,14 +180,16 @@ def soft_cross_entropy(
     elif target_scores.shape != scores.shape:
         reject("target_scores", f"{shape_of(scores)} like scores", shape_of(target_scores), "or pass pairs")
     weights = row_weights(weights, scores if pairs is None else scores[0], None)
-    check_scores(scores, "scores", None, weights)
-    check_scores(target_scores, "target_scores", None, weights)
+    check_scores(scores, "scores", None)
+    check_scores(target_scores, "target_scores", None)
     if bias is None:
         bias = target_scores.new_zeros(target_scores.shape[-1])
     bias = _bias(bias, "bias", target_scores)
     targets = as_problems(target_scores.detach())
     losses = _losses(as_problems(scores), targets, bias, pairs, temperature, target_temperature)
-    return _reduce(losses if pairs else losses.view(scores.shape[:-1]), weights, None, reduction)
+    losses = losses if pairs else losses.view(scores.shape[:-1])
+    _check_losses(losses, weights, scores=scores, target_scores=target_scores)
+    return _reduce(losses, weights, None, reduction)
 
 
 def _bias(row: Tensor, name: str, target_scores: Tensor) -> Tensor:
@@ -202,6 +212,14 @@ def _losses(
         scores, target_scores, bias, views, targets, temperature, target_temperature
     )[0]
     return losses
+
+
+def _check_losses(losses: Tensor, weights: Tensor | None, **scores: Tensor) -> None:
+    """Raise if scores were not finite: looked for only where a loss is NaN, to spare a pass."""
+    if not values_are_checked(losses) or not bool(losses.detach().isnan().any()):
+        return
+    for name, given in scores.items():
+        check_counted(given, name, weights)
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str) -> Tensor:
@@ -256,34 +274,3 @@ def _take(scores: Tensor, views: Sequence[int]) -> Tensor:
     if list(views) == list(range(first, first + n)):
         return scores[first : first + n]
     return torch.stack([scores[v] for v in views])
-
-
-def _with_queue(
-    assigned: Tensor, queue_scores: Tensor | None, weights: Tensor | None, group: Group
-) -> tuple[Tensor, Tensor | None]:
-    """The rows ``[A, B + N, K]`` that take part in the assignment, and their weights ``[A, B + N]``."""
-    a, rows, k = assigned.shape
-    weights = None if weights is None else weights.expand(a, rows)
-    if queue_scores is None:
-        return assigned, weights
-    check_tensor(queue_scores, "queue_scores")
-    check_floating(queue_scores, "queue_scores")
-    check_same_device(queue_scores, "queue_scores", assigned, "scores")
-    if (
-        queue_scores.ndim not in (2, 3)
-        or queue_scores.shape[-1] != k
-        or queue_scores.shape[:-2] not in ((), (a,))
-    ):
-        reject(
-            "queue_scores",
-            f"[N, {k}] or [{a}, N, {k}], one queue for each assigned view",
-            shape_of(queue_scores),
-            "score the queue with the same prototypes",
-        )
-    if queue_scores.shape[-2] == 0:
-        return assigned, weights
-    check_scores(queue_scores, "queue_scores", group)
-    queue = queue_scores.detach().to(assigned.dtype).expand(a, -1, -1)
-    if weights is not None:
-        weights = torch.cat([weights, weights.new_ones(a, queue.shape[1])], dim=1)
-    return torch.cat([assigned, queue], dim=1), weights

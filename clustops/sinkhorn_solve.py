@@ -31,8 +31,8 @@ _WIDEST_FIXED_SHIFT = 80.0
 _warned = False
 
 
-def check_scores(scores: Tensor, name: str, group: Group, weights: Tensor | None = None) -> None:
-    """Raise unless ``scores`` is a finite ``[..., B, K]``; a shard may be empty, a row of weight 0 NaN."""
+def check_scores(scores: Tensor, name: str, group: Group) -> None:
+    """Raise unless ``scores`` is a floating point ``[..., B, K]``; a shard may be empty."""
     check_floating(scores, name)
     if scores.ndim < 2:
         reject(
@@ -48,6 +48,10 @@ def check_scores(scores: Tensor, name: str, group: Group, weights: Tensor | None
             shape_of(scores),
             "skip empty batches",
         )
+
+
+def check_counted(scores: Tensor, name: str, weights: Tensor | None = None) -> None:
+    """Raise if a score of a row that counts is not finite; a row of weight 0 may hold anything."""
     if weights is not None and values_are_checked(scores):
         scores = scores.detach().masked_fill((weights == 0).unsqueeze(-1), 0)
     check_finite(scores, name)
@@ -86,10 +90,39 @@ def check_bound(scores: Tensor, weights: Tensor | None, bound: float | None) -> 
     """Raise if a counted score is larger than was promised, beyond rounding, where values are checked."""
     if bound is None or scores.numel() == 0 or not values_are_checked(scores):
         return
-    size = scores.detach().abs().amax(-1)
-    largest = float((size if weights is None else size.masked_fill(weights == 0, 0)).max())
+    largest = _largest(scores.detach())
+    if largest > 1.01 * bound and weights is not None:
+        largest = _largest(scores.detach().masked_fill((weights == 0).unsqueeze(-1), 0))
     if largest > 1.01 * bound:
         reject("bound", f"at least the largest |score|, {largest}", bound, "raise it, or pass None")
+
+
+def _largest(scores: Tensor) -> float:
+    least, most = scores.aminmax()
+    return max(-float(least), float(most))
+
+
+def queue_problems(queue_scores: Tensor | None, scores: Tensor, group: Group) -> Tensor | None:
+    """``queue_scores``, ``[N, K]`` or ``[..., N, K]``, as ``[P, N, K]`` in the dtype of ``scores``."""
+    if queue_scores is None:
+        return None
+    check_tensor(queue_scores, "queue_scores")
+    check_floating(queue_scores, "queue_scores")
+    check_same_device(queue_scores, "queue_scores", scores, "scores")
+    leading, k = scores.shape[:-2], scores.shape[-1]
+    given = queue_scores.shape
+    if queue_scores.ndim < 2 or given[-1] != k or given[:-2] not in (leading, leading[:0]):
+        each = f" or {[*leading, 'N', k]}".replace("'", "") if leading else ""
+        reject(
+            "queue_scores",
+            f"[N, {k}]{each}, one queue for each problem",
+            shape_of(queue_scores),
+            "score the queue with the same prototypes",
+        )
+    if given[-2] == 0:
+        return None
+    queue = as_problems(queue_scores.detach().to(scores.dtype))
+    return queue.expand(leading.numel(), -1, -1)
 
 
 def as_problems(scores: Tensor) -> Tensor:
@@ -175,53 +208,77 @@ def warn_if_starved(n_prototypes: int, rows: int, group: Group, axes: str = "") 
         )
 
 
+class Problems(NamedTuple):
+    """Checked tensors, in the order in which the op takes them."""
+
+    scores: Tensor  # [P, B, K]
+    queue: Tensor | None = None  # [P, N, K]
+    prior: Tensor | None = None  # [P, K]
+    weights: Tensor | None = None  # [P, B]
+    init: Tensor | None = None  # [P, K], with mass [P, K + 1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of a problem, those of its queue included."""
+        return self.scores.shape[1] + (0 if self.queue is None else self.queue.shape[1])
+
+
 def solve(
-    problems: Tensor,
-    prior: Tensor | None,
-    weights: Tensor | None,
-    init: Tensor | None,
+    problems: Problems,
     group: Group,
     settings: Settings,
     *,
+    out: Tensor | None = None,
+    hard: bool = False,
     differentiable: bool = False,
     axes: str = "",
 ) -> Tensor:
-    """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``, of checked scores ``[P, B, K]``.
+    """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``; NaN says that scores were not finite.
 
-    ``axes`` goes into the warning about the batch.
+    ``out [P, B, K]`` receives the assignments. ``axes`` goes into the warning about the batch.
     """
+    ops = torch.ops.clustops
     if settings.n_iters > 0 and settings.relax is None:
-        warn_if_starved(problems.shape[-1], problems.shape[-2], group, axes)
+        warn_if_starved(problems.scores.shape[-1], problems.rows, group, axes)
+    if group is None and out is not None:
+        potentials: Tensor = ops.sinkhorn_(out, *problems, *settings[:-1], hard)
+        return potentials
+    if group is None:
+        potentials = (reference if differentiable else ops).sinkhorn_potentials(*problems, *settings)
+    else:
+        potentials = _solve_over_ranks(problems, group, settings, differentiable)
+    if out is not None:
+        ops.assign_from_potentials_(out, problems.scores, potentials, settings.epsilon, hard)
+    return potentials
+
+
+def check_solved(potentials: Tensor, problems: Problems, group: Group) -> None:
+    """Raise if scores were not finite: looked for only where potentials say so, to spare a pass."""
+    if not values_are_checked(potentials) or not bool(potentials.isnan().any()):
+        return
+    check_counted(problems.scores, "scores", problems.weights)
+    if (queue := problems.queue) is not None:
+        check_finite(queue[:1] if queue.stride(0) == 0 else queue, "queue_scores")
     if group is not None:
-        return _solve_over_ranks(problems, prior, weights, init, group, settings, differentiable)
-    function = reference.sinkhorn_potentials if differentiable else torch.ops.clustops.sinkhorn_potentials
-    result: Tensor = function(problems, prior, weights, init, *settings)
-    return result
+        reject("scores", "finite on all ranks", "others on another rank", "look at that rank's message")
 
 
-def _solve_over_ranks(
-    problems: Tensor,
-    prior: Tensor | None,
-    weights: Tensor | None,
-    init: Tensor | None,
-    group: Group,
-    settings: Settings,
-    differentiable: bool,
-) -> Tensor:
+def _solve_over_ranks(problems: Problems, group: Group, settings: Settings, differentiable: bool) -> Tensor:
     """The same updates with the column masses of all ranks: one sum of the masses of all problems for each.
 
     A column maximum goes before the sum only where the masses have no known scale: in the first update
     (unless ``bound`` gives it), and with ``relax``.
     """
+    scores, queue, prior, weights, init = problems
     epsilon, n_iters, relax, mass, tol, bound = settings
     local = reference.column_log_mass if differentiable else torch.ops.clustops.sinkhorn_column_mass
     reduce = all_reduce_sum_differentiable if differentiable else all_reduce_sum
     balanced = relax is None or relax == math.inf
-    log_prior = reference.log_prior(problems, prior, mass)
+    log_prior = reference.log_prior(scores, prior, mass)
 
     def column_mass(potentials: Tensor, t: int) -> Tensor:
         normalized = init is not None or t > 0
-        log_mass = local(problems, weights, potentials, epsilon, normalized)
+        log_mass = local(scores, queue, weights, potentials, epsilon, normalized)
         if t > 0 and balanced:
             shift = log_prior  # after a balanced update no column is far from its share
         elif not normalized and bound is not None and 2 * bound / epsilon <= _WIDEST_FIXED_SHIFT:

@@ -190,6 +190,44 @@ def test_a_masked_row_may_hold_nan() -> None:
     torch.testing.assert_close(result[kept], sinkhorn(scores[kept]))
 
 
+@given(small_sizes, st.integers(0, 9), small_sizes, st.booleans(), seeds)
+def test_rows_of_a_queue_have_a_say_and_no_assignment(
+    b: int, n: int, k: int, weighted: bool, seed: int
+) -> None:
+    scores, queue = cosine_scores(seed, 2, b, k), cosine_scores(seed + 1, n, k)
+    weights = torch.rand(b, generator=generator(seed), dtype=double) + 0.1 if weighted else None
+    joint = torch.cat([scores, queue.expand(2, -1, -1)], dim=1)
+    joint_weights = None if weights is None else torch.cat([weights, torch.ones(n, dtype=double)])
+    result, a = sinkhorn(scores, queue_scores=queue, weights=weights, return_potentials=True)
+    expected = sinkhorn(joint, weights=joint_weights)[:, :b]
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(
+        a, sinkhorn_potentials(scores, queue_scores=queue.expand(2, -1, -1), weights=weights)
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["scores", "queue_scores"])
+def test_one_score_that_is_not_finite_is_found_wherever_it_is(place: str, bad: float) -> None:
+    for b, k, settings in ((5, 3, {}), (70, 1000, {"tol": 1e-3}), (40, 70, {"init": torch.zeros(70)})):
+        rows = {name: cosine_scores(0, b, k, dtype=torch.float32) for name in ("scores", "queue_scores")}
+        rows[place][b - 2, k - 1] = bad
+        for call in (sinkhorn, sinkhorn_potentials):
+            with pytest.raises(ValueError, match=f"{place} must be finite, got 1 NaN"):
+                call(rows["scores"], queue_scores=rows["queue_scores"], **settings)
+
+
+def test_out_receives_the_assignments() -> None:
+    scores = cosine_scores(0, 2, 9, 4, dtype=torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.full(scores.shape, math.nan, dtype=dtype)
+        assert sinkhorn(scores, out=out) is out
+        torch.testing.assert_close(out, sinkhorn(scores, dtype=dtype), rtol=0, atol=0)
+        a = sinkhorn_potentials(scores)
+        assert assign_from_potentials(scores, a, out=out.zero_()) is out
+        torch.testing.assert_close(out, sinkhorn(scores, dtype=dtype))
+
+
 def test_prior_is_reached() -> None:
     prior = 1.0 / torch.arange(1, 11, dtype=double)
     masses = sinkhorn(cosine_scores(0, 300, 10), prior=prior, n_iters=2000).mean(0)

@@ -31,21 +31,33 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     losses, p, q = OPS.soft_cross_entropy(scores, scores, prior, no_pairs, no_pairs, 0.1, 0.05)
     backward = OPS.soft_cross_entropy_backward
     cases: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "potentials": (OPS.sinkhorn_potentials, (scores, None, None, None, 0.05, 3, None, None, None, None)),
+        "potentials": (
+            OPS.sinkhorn_potentials,
+            (scores, None, None, None, None, 0.05, 3, None, None, None, None),
+        ),
         "potentials, bf16, all arguments": (
             OPS.sinkhorn_potentials,
-            (half, prior, rows, random(3, 6), 0.05, 3, 0.5, 0.5, 1e-3, 1.0),
+            (half, half[:, :4], prior, rows, random(3, 6), 0.05, 3, 0.5, 0.5, 1e-3, 1.0),
         ),
         "potentials, no update": (
             OPS.sinkhorn_potentials,
-            (scores, None, None, prior, 0.05, 0, None, None, None, None),
+            (scores, None, None, None, prior, 0.05, 0, None, None, None, None),
         ),
-        "column mass": (OPS.sinkhorn_column_mass, (scores, rows, prior, 0.05, True)),
-        "column mass, no rows": (OPS.sinkhorn_column_mass, (scores[:, :0], None, prior, 0.05, False)),
-        "assign": (OPS.assign_from_potentials, (scores, prior, 0.05, False, torch.float32)),
+        "column mass": (OPS.sinkhorn_column_mass, (scores, None, rows, prior, 0.05, True)),
+        "column mass, no rows": (OPS.sinkhorn_column_mass, (scores[:, :0], None, None, prior, 0.05, False)),
+        "column mass, a queue": (OPS.sinkhorn_column_mass, (half, half[:, :4], rows, prior, 0.05, True)),
+        "plan": (
+            OPS.sinkhorn_,
+            (random(3, 7, 5), scores, None, None, None, None, 0.05, 3, None, None, None, False),
+        ),
+        "plan, bf16, all arguments": (
+            OPS.sinkhorn_,
+            (half.clone(), half, half[:, :4], prior, rows, random(3, 6), 0.05, 3, 0.5, 0.5, 1e-3, True),
+        ),
+        "assign": (OPS.assign_from_potentials_, (random(3, 7, 5), scores, prior, 0.05, False)),
         "assign, hard, virtual column": (
-            OPS.assign_from_potentials,
-            (half, random(3, 6), 0.05, True, torch.bfloat16),
+            OPS.assign_from_potentials_,
+            (half.clone(), half, random(3, 6), 0.05, True),
         ),
         "cross-entropy": (OPS.soft_cross_entropy, (leaf, scores, prior, no_pairs, no_pairs, 0.1, 0.05)),
         "cross-entropy, pairs": (
@@ -71,6 +83,7 @@ def test_registration_passes_opcheck(name: str) -> None:
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sinkhorn": lambda s: sinkhorn(s, tol=1e-3, weights=s[..., 0].square()),
     "sinkhorn, unrolled": lambda s: sinkhorn(s, gradient="unrolled"),
+    "sinkhorn, in place": lambda s: sinkhorn(s, out=torch.empty_like(s), queue_scores=s[:, :2].detach()),
     "potentials": lambda s: sinkhorn_potentials(s, mass=0.5, relax=1.0),
     "assign": lambda s: assign_from_potentials(s, s[:, 0].float(), epsilon=0.05),
     "swapped": lambda s: swapped_prediction_loss(s, queue_scores=s[:2], weights=s[0, :, 0].detach().square()),

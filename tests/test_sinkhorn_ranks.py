@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,3 +166,20 @@ def test_a_group_without_rows_has_loss_zero_and_neutral_potentials() -> None:
     for loss, potentials in run_ranks(2, empty_group):
         assert loss == 0
         assert (potentials == 0).all()
+
+
+def message_on_a_rank(rank: int, world: int) -> str:
+    scores = shard(everything()[0], rank, world).clone()
+    if rank == 0:
+        scores[0, 3, 1] = math.nan
+    try:
+        sinkhorn_potentials(scores, group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_nan_on_one_rank_is_an_error_on_all() -> None:
+    first, second = run_ranks(2, message_on_a_rank)
+    assert "1 NaN" in first
+    assert "on another rank" in second

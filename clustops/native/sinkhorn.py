@@ -14,6 +14,7 @@ from . import register
 
 def _fake_potentials(
     scores: Tensor,
+    queue: Tensor | None,
     prior: Tensor | None,
     weights: Tensor | None,
     init: Tensor | None,
@@ -29,38 +30,60 @@ def _fake_potentials(
 
 
 register(
-    "sinkhorn_potentials(Tensor scores, Tensor? prior, Tensor? weights, Tensor? init, float epsilon, "
-    "int n_iters, float? relax, float? mass, float? tol, float? bound) -> Tensor",
+    "sinkhorn_potentials(Tensor scores, Tensor? queue, Tensor? prior, Tensor? weights, Tensor? init, "
+    "float epsilon, int n_iters, float? relax, float? mass, float? tol, float? bound) -> Tensor",
     reference=reference.sinkhorn_potentials,
     fake=_fake_potentials,
 )
 
 
 def _fake_column_mass(
-    scores: Tensor, weights: Tensor | None, potentials: Tensor, epsilon: float, normalized: bool
+    scores: Tensor,
+    queue: Tensor | None,
+    weights: Tensor | None,
+    potentials: Tensor,
+    epsilon: float,
+    normalized: bool,
 ) -> Tensor:
     return torch.empty_like(potentials, memory_format=torch.contiguous_format)
 
 
 register(
-    "sinkhorn_column_mass(Tensor scores, Tensor? weights, Tensor potentials, float epsilon, bool normalized) "
-    "-> Tensor",
+    "sinkhorn_column_mass(Tensor scores, Tensor? queue, Tensor? weights, Tensor potentials, float epsilon, "
+    "bool normalized) -> Tensor",
     reference=reference.column_log_mass,
     fake=_fake_column_mass,
 )
 
 
-def _fake_assign(
-    scores: Tensor, potentials: Tensor, epsilon: float, hard: bool, dtype: torch.dtype
+def _fake_sinkhorn(
+    out: Tensor,
+    scores: Tensor,
+    queue: Tensor | None,
+    prior: Tensor | None,
+    weights: Tensor | None,
+    init: Tensor | None,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    hard: bool,
 ) -> Tensor:
-    return torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
+    return _fake_potentials(scores, queue, prior, weights, init, epsilon, n_iters, relax, mass, tol, None)
 
 
 register(
-    "assign_from_potentials(Tensor scores, Tensor potentials, float epsilon, bool hard, ScalarType dtype) "
-    "-> Tensor",
-    reference=reference.assign_from_potentials,
-    fake=_fake_assign,
+    "sinkhorn_(Tensor(a!) out, Tensor scores, Tensor? queue, Tensor? prior, Tensor? weights, Tensor? init, "
+    "float epsilon, int n_iters, float? relax, float? mass, float? tol, bool hard) -> Tensor",
+    reference=reference.sinkhorn_,
+    fake=_fake_sinkhorn,
+)
+register(
+    "assign_from_potentials_(Tensor(a!) out, Tensor scores, Tensor potentials, float epsilon, bool hard) "
+    "-> ()",
+    reference=reference.assign_from_potentials_,
+    fake=lambda out, scores, potentials, epsilon, hard: None,
 )
 
 

@@ -24,9 +24,11 @@ def sinkhorn(
     mass: float | None = None,
     tol: float | None = None,
     init: Tensor | None = None,
+    queue_scores: Tensor | None = None,
     hard: bool = False,
     gradient: str | None = None,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     group: None = None,
     return_potentials: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,11 +45,13 @@ def sinkhorn(
         mass=mass,
         tol=tol,
         init=init,
+        queue_scores=queue_scores,
     )
-    dtype = dtype or ops.accumulator(scores.dtype)
+    dtype = dtype or (ops.accumulator(scores.dtype) if out is None else out.dtype)
     assignments = ops.assign_from_potentials(
         constant if gradient is None else scores, potentials, epsilon, hard, dtype
     )
+    assignments = assignments if out is None else out.copy_(assignments)
     return (assignments, potentials) if return_potentials else assignments
 
 
@@ -62,6 +66,7 @@ def sinkhorn_potentials(
     mass: float | None = None,
     tol: float | None = None,
     init: Tensor | None = None,
+    queue_scores: Tensor | None = None,
     bound: float | None = None,
     group: None = None,
 ) -> Tensor:
@@ -77,6 +82,7 @@ def sinkhorn_potentials(
         mass=mass,
         tol=tol,
         init=init,
+        queue_scores=queue_scores,
     )
 
 
@@ -87,11 +93,12 @@ def assign_from_potentials(
     epsilon: float = 0.05,
     hard: bool = False,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``softmax_k(s / epsilon + a)`` without the virtual column, or its one-hot argmax."""
-    return ops.assign_from_potentials(
-        scores.detach(), potentials, epsilon, hard, dtype or ops.accumulator(scores.dtype)
-    )
+    dtype = dtype or (ops.accumulator(scores.dtype) if out is None else out.dtype)
+    result = ops.assign_from_potentials(scores.detach(), potentials, epsilon, hard, dtype)
+    return result if out is None else out.copy_(result)
 
 
 def swapped_prediction_loss(
@@ -113,15 +120,12 @@ def swapped_prediction_loss(
         scores = scores.masked_fill((weights == 0).unsqueeze(-1), 0)
     losses = []
     for a, i in enumerate(assign_views):
-        view, seen = scores[i].detach(), weights
+        view = scores[i].detach()
         if potentials is not None:
             bias = potentials.expand(len(assign_views), -1)[a]
         else:
-            if queue_scores is not None:
-                queue = queue_scores.expand(len(assign_views), -1, -1)[a].detach().to(scores.dtype)
-                view = torch.cat([view, queue])
-                seen = None if weights is None else torch.cat([weights, weights.new_ones(len(queue))])
-            bias = _potentials(view, epsilon=epsilon, n_iters=n_iters, weights=seen)
+            queue = None if queue_scores is None else queue_scores.expand(len(assign_views), -1, -1)[a]
+            bias = _potentials(view, epsilon=epsilon, n_iters=n_iters, weights=weights, queue_scores=queue)
         q = ops.assign_from_potentials(
             scores[i].detach(), bias, epsilon, False, ops.accumulator(scores.dtype)
         )
@@ -175,6 +179,7 @@ def _potentials(
     mass: float | None = None,
     tol: float | None = None,
     init: Tensor | None = None,
+    queue_scores: Tensor | None = None,
 ) -> Tensor:
     """The op on ``[..., B, K]``; rows of the other arguments are shared or one for each problem."""
     leading = scores.shape[:-2]
@@ -183,8 +188,21 @@ def _potentials(
     def spread(given: Tensor | None) -> Tensor | None:
         return None if given is None else given.expand(*leading, -1).reshape(-1, given.shape[-1])
 
+    queue = queue_scores
+    if queue is not None:
+        queue = queue.detach().expand(*leading, *queue.shape[-2:]).reshape(-1, *queue.shape[-2:])
     result = ops.sinkhorn_potentials(
-        problems, spread(prior), spread(weights), spread(init), epsilon, n_iters, relax, mass, tol, None
+        problems,
+        queue,
+        spread(prior),
+        spread(weights),
+        spread(init),
+        epsilon,
+        n_iters,
+        relax,
+        mass,
+        tol,
+        None,
     )
     return result.reshape(*leading, result.shape[-1])
 

@@ -24,21 +24,43 @@ def scaled(scores: Tensor, epsilon: float, columns: int) -> Tensor:
     return F.pad(z, (0, columns - z.shape[-1]))
 
 
+def poison(scores: Tensor) -> Tensor:
+    """0 for each row of finite scores, NaN for the others: ``[..., B, K]`` to ``[..., B]``."""
+    return (scores.detach() * 0).sum(-1).to(accumulator(scores.dtype))
+
+
+def with_queue(scores: Tensor, queue: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows ``[P, B, K]`` and those of a queue, ``[P, N, K]``, which have weight 1, as rows of one kind."""
+    if queue is None:
+        return scores, weights
+    if weights is not None:
+        weights = torch.cat([weights, weights.new_ones(queue.shape[:2])], dim=1)
+    return torch.cat([scores, queue.to(scores.dtype)], dim=1), weights
+
+
 def column_log_mass(
-    scores: Tensor, weights: Tensor | None, potentials: Tensor, epsilon: float, normalized: bool
+    scores: Tensor,
+    queue: Tensor | None,
+    weights: Tensor | None,
+    potentials: Tensor,
+    epsilon: float,
+    normalized: bool,
 ) -> Tensor:
     """``log sum_b w_b softmax_k(s/eps + a)``; without the softmax's normaliser when ``normalized`` is false.
 
     Args:
-        scores: ``[P, B, K]``. weights: ``[P, B]``, or ``None`` for ones.
+        scores: ``[P, B, K]``. queue: ``[P, N, K]``, further rows of weight 1, or ``None``.
+        weights: ``[P, B]`` of the scores, or ``None`` for ones.
         potentials: ``a [P, K]``, or ``[P, K + 1]`` with a virtual column. normalized: whether rows sum to 1.
 
     Returns:
-        ``[P, K]`` or ``[P, K + 1]``; -inf where no row counts or the potential is -inf.
+        ``[P, K]`` or ``[P, K + 1]``; -inf where no row counts or the potential is -inf. All NaN where a score
+        of positive weight is not finite.
     """
-    z = scaled(scores, epsilon, potentials.shape[-1])
+    scores, weights = with_queue(scores, queue, weights)
     if weights is not None:
-        z = z.masked_fill((weights == 0).unsqueeze(-1), 0)
+        scores = scores.masked_fill((weights == 0).unsqueeze(-1), 0)
+    z = scaled(scores, epsilon, potentials.shape[-1])
     z = z + potentials.unsqueeze(-2)
     if normalized:
         z = torch.log_softmax(z, dim=-1)
@@ -46,7 +68,8 @@ def column_log_mass(
         z = z + weights.to(z.dtype).log().unsqueeze(-1)
     # The derivative of logsumexp over nothing but -inf is NaN, so such columns are filled in after.
     absent = potentials == -math.inf
-    return z.masked_fill(absent.unsqueeze(-2), 0).logsumexp(dim=-2).masked_fill(absent, -math.inf)
+    log_mass = z.masked_fill(absent.unsqueeze(-2), 0).logsumexp(dim=-2).masked_fill(absent, -math.inf)
+    return log_mass + poison(scores).sum(-1, keepdim=True)
 
 
 def log_prior(scores: Tensor, prior: Tensor | None, mass: float | None) -> Tensor:
@@ -92,7 +115,7 @@ def iterate(
     active = torch.ones_like(log_r[..., :1], dtype=torch.bool)
     for t in range(n_iters):
         log_mass = column_mass(potentials, t)
-        counted = (log_mass > -math.inf).any(-1, keepdim=True)  # false only where all weights are 0
+        counted = (log_mass != -math.inf).any(-1, keepdim=True)  # false only where all weights are 0
         cold = init is None and t == 0
         if not cold:
             log_mass = log_mass - log_mass.logsumexp(-1, keepdim=True)
@@ -103,7 +126,7 @@ def iterate(
         updated = fi * (current + log_r - log_mass)
         if tol is not None and not cold:
             moved = ((log_mass + updated - current).exp() - log_mass.exp()).masked_fill(never, 0)
-            active = moved.detach().abs().sum(-1, keepdim=True) > tol
+            active = ~(moved.detach().abs().sum(-1, keepdim=True) <= tol)  # a NaN goes on
         potentials = torch.where(active & counted, updated.masked_fill(never, -math.inf), potentials)
         if (
             tol is not None
@@ -117,6 +140,7 @@ def iterate(
 
 def sinkhorn_potentials(
     scores: Tensor,
+    queue: Tensor | None,
     prior: Tensor | None,
     weights: Tensor | None,
     init: Tensor | None,
@@ -130,15 +154,16 @@ def sinkhorn_potentials(
     """The potentials ``a`` after ``n_iters`` column updates; ``bound`` is only a hint and changes nothing.
 
     Args:
-        scores: ``[P, B, K]``. prior: ``[P, K]``. weights: ``[P, B]``. init: ``[P, K]``, with ``mass``
-            ``[P, K + 1]``.
+        scores: ``[P, B, K]``. queue: ``[P, N, K]``, further rows of weight 1. prior: ``[P, K]``.
+        weights: ``[P, B]``. init: ``[P, K]``, with ``mass`` ``[P, K + 1]``.
 
     Returns:
-        ``[P, K]``, with ``mass`` ``[P, K + 1]``, in fp32 (fp64 for fp64 scores).
+        ``[P, K]``, with ``mass`` ``[P, K + 1]``, in fp32 (fp64 for fp64 scores). NaN, once there was an
+        update, where a score of positive weight is not finite.
     """
 
     def column_mass(potentials: Tensor, t: int) -> Tensor:
-        return column_log_mass(scores, weights, potentials, epsilon, init is not None or t > 0)
+        return column_log_mass(scores, queue, weights, potentials, epsilon, init is not None or t > 0)
 
     return iterate(
         column_mass,
@@ -152,6 +177,35 @@ def sinkhorn_potentials(
     )
 
 
+def sinkhorn_(
+    out: Tensor,
+    scores: Tensor,
+    queue: Tensor | None,
+    prior: Tensor | None,
+    weights: Tensor | None,
+    init: Tensor | None,
+    epsilon: float,
+    n_iters: int,
+    relax: float | None,
+    mass: float | None,
+    tol: float | None,
+    hard: bool,
+) -> Tensor:
+    """Writes ``assign_from_potentials`` of ``sinkhorn_potentials`` to ``out [P, B, K]``; the potentials."""
+    potentials = sinkhorn_potentials(
+        scores, queue, prior, weights, init, epsilon, n_iters, relax, mass, tol, None
+    )
+    assign_from_potentials_(out, scores, potentials, epsilon, hard)
+    return potentials
+
+
+def assign_from_potentials_(
+    out: Tensor, scores: Tensor, potentials: Tensor, epsilon: float, hard: bool
+) -> None:
+    """Writes ``assign_from_potentials`` to ``out``, ``[P, B, K]`` of any floating dtype."""
+    out.copy_(assign_from_potentials(scores, potentials, epsilon, hard, out.dtype))
+
+
 def assign_from_potentials(
     scores: Tensor, potentials: Tensor, epsilon: float, hard: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -159,11 +213,14 @@ def assign_from_potentials(
 
     Args:
         scores: ``[P, B, K]``. potentials: ``[P, K]`` or ``[P, K + 1]``.
+
+    Returns:
+        ``[P, B, K]``; a row with a score that is not finite is all NaN.
     """
     k = scores.shape[-1]
     z = scaled(scores, epsilon, potentials.shape[-1]) + potentials.to(accumulator(scores.dtype)).unsqueeze(-2)
     q = F.one_hot(z.argmax(-1), potentials.shape[-1]) if hard else torch.softmax(z, dim=-1)
-    return q[..., :k].to(dtype).contiguous()
+    return (q[..., :k] + poison(scores).unsqueeze(-1)).to(dtype).contiguous()
 
 
 def pair_indices(scores: Tensor, views: Sequence[int], targets: Sequence[int]) -> list[tuple[int, int]]:
@@ -190,13 +247,18 @@ def soft_cross_entropy(
             pair row p with row p.
 
     Returns:
-        losses ``[N, B]`` and the log-normalisers of both softmaxes, ``[V, B]`` and ``[A, B]``.
+        losses ``[N, B]``, NaN where a score is not finite, and the log-normalisers of both softmaxes,
+        ``[V, B]`` and ``[A, B]``.
     """
     dtype = accumulator(scores.dtype)
     x = scores.to(dtype) / temperature
     y = target_scores.to(dtype) / target_temperature + bias.to(dtype).unsqueeze(-2)
     log_p, q = torch.log_softmax(x, dim=-1), torch.softmax(y, dim=-1)
-    losses = [-(q[a] * log_p[v]).sum(-1) for v, a in pair_indices(scores, views, targets)]
+    finite, finite_targets = poison(scores), poison(target_scores).to(dtype)
+    losses = [
+        -(q[a] * log_p[v]).sum(-1) + finite[v] + finite_targets[a]
+        for v, a in pair_indices(scores, views, targets)
+    ]
     return torch.stack(losses), x.logsumexp(-1), y.logsumexp(-1)
 
 
