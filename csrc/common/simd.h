@@ -25,8 +25,10 @@ struct Vec {
   static __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
   static Vec set1(float x) { return {_mm512_set1_ps(x)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void store_first(float* p, int64_t n) const { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
   friend Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -64,6 +66,18 @@ inline Vec widen_f16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
+// Rounded to the nearest number of sixteen bits, ties to even.
+inline void narrow_bf16(Vec a, uint16_t* p) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline void narrow_f16(Vec a, uint16_t* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 // 2^n for integral n held in floats.
 inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Vec round_nearest(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
@@ -77,13 +91,18 @@ struct Vec {
 
   static Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Vec load_first(const float* p, int64_t n) {
+    return {_mm256_maskload_ps(p, first_lanes(n))};
+  }
+  static __m256i first_lanes(int64_t n) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane))};
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
   }
   static Vec set1(float x) { return {_mm256_set1_ps(x)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void store_first(float* p, int64_t n) const { _mm256_maskstore_ps(p, first_lanes(n), v); }
   friend Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -132,6 +151,20 @@ inline Vec widen_f16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
 
+inline void narrow_bf16(Vec a, uint16_t* p) {
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
+                               _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  rounded = _mm256_srli_epi32(rounded, 16);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+inline void narrow_f16(Vec a, uint16_t* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 inline Vec scale_by_power(Vec a, Vec n) {
   const __m256i bias = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bias))};
@@ -164,8 +197,10 @@ struct Vec {
   }
   static Vec set1(float x) { return {Lanes{x, x, x, x}}; }
   void store(float* p) const { std::memcpy(p, &v, sizeof v); }
+  void store_first(float* p, int64_t n) const { std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(float)); }
   friend Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
   friend Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
   friend Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   friend Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
   friend Vec min(Vec a, Vec b) { return {a.v < b.v ? a.v : b.v}; }
@@ -230,6 +265,37 @@ inline Vec widen_f16(const uint16_t* p) {
     std::memcpy(&wide[i], &bits, sizeof bits);
   }
   return Vec::load(wide);
+}
+
+inline void narrow_bf16(Vec a, uint16_t* p) {
+  uint32_t bits[4];
+  std::memcpy(bits, &a.v, sizeof bits);
+  for (int i = 0; i < 4; ++i) {
+    const bool is_nan = (bits[i] & 0x7fffffffu) > 0x7f800000u;
+    p[i] = is_nan ? 0x7fc0 : static_cast<uint16_t>((bits[i] + 0x7fffu + (bits[i] >> 16 & 1u)) >> 16);
+  }
+}
+inline void narrow_f16(Vec a, uint16_t* p) {
+  uint32_t bits[4];
+  std::memcpy(bits, &a.v, sizeof bits);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t sign = bits[i] >> 16 & 0x8000u, magnitude = bits[i] & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {
+      half = 0x7e00;
+    } else if (magnitude >= 0x477ff000u) {  // 65520, from where on numbers round to infinity
+      half = 0x7c00;
+    } else if (magnitude < 0x38800000u) {  // 2^-14: what is added to 1/2 is rounded to multiples of 2^-24
+      float value;
+      std::memcpy(&value, &magnitude, sizeof value);
+      value += 0.5f;
+      std::memcpy(&half, &value, sizeof half);
+      half -= 0x3f000000u;
+    } else {
+      half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    }
+    p[i] = static_cast<uint16_t>(sign | half);
+  }
 }
 
 inline Vec scale_by_power(Vec a, Vec n) {

@@ -1,10 +1,9 @@
 // What this CPU can do at most: fused multiply-adds, exponentials, bytes.
 #include <chrono>
 #include <cstdlib>
-#include <initializer_list>
 
 #include "../common/parallel.h"
-#include "../common/simd.h"
+#include "../common/simd_exp.h"
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
@@ -25,16 +24,6 @@ double rate(double seconds, int threads, const Work& work) {
     best = speed > best ? speed : best;
   } while (now() < end);
   return best;
-}
-
-// exp(x) for |x| < 87: 2^n times a polynomial of the fraction.
-inline Vec exponential(Vec x) {
-  const Vec n = round_nearest(fma(x, Vec::set1(1.44269504f), Vec::set1(0.0f)));
-  Vec r = fma(n, Vec::set1(-0.693359375f), x);
-  r = fma(n, Vec::set1(2.12194440e-4f), r);
-  Vec p = Vec::set1(8.3333333e-3f);
-  for (const float c : {4.1666667e-2f, 1.6666667e-1f, 0.5f, 1.0f, 1.0f}) p = fma(p, r, Vec::set1(c));
-  return scale_by_power(p, n);
 }
 
 // Keeps a value alive without storing it.
@@ -112,7 +101,7 @@ double measure_exp(double seconds, int threads) {
     for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 8
       for (int c = 0; c < kChains; ++c) {
-        Vec y = exponential(x[c]);
+        Vec y = exp2(x[c]);
         keep(y);
       }
       for (Vec& v : x) keep(v);
