@@ -1,5 +1,7 @@
-// The arguments of Sinkhorn assignment: potentials, column masses, assignments.
+// The arguments of Sinkhorn assignment (potentials, column masses, assignments), checked once for CPU and CUDA alike.
 #pragma once
+
+#include <optional>
 
 #include "tensor.h"
 
@@ -36,10 +38,10 @@ struct SinkhornSolve {
   void* assignments;  // [problems, rows, columns], contiguous, of the dtype of the scores or of the potentials; or null
   double epsilon;
   int64_t n_iters;
-  double fi;    // relax / (relax + epsilon), 1 if balanced
-  double mass;  // below 0: no virtual column
-  double tol;   // below 0: all updates
-  double bound; // below 0: unknown
+  double fi;     // relax / (relax + epsilon), 1 if balanced
+  double mass;   // below 0: no virtual column
+  double tol;    // below 0: all updates
+  double bound;  // below 0: unknown
   bool hard;
   DType assignments_dtype;
   void* workspace;
@@ -48,10 +50,32 @@ struct SinkhornSolve {
 struct SinkhornAssign {
   SinkhornRows rows;       // without queue and weights
   const void* potentials;  // [problems, columns], or [problems, columns + 1] with a virtual column
-  void* assignments;
+  void* assignments;       // [problems, rows, columns], contiguous, of the dtype of the scores or of the potentials
   double epsilon;
   bool virtual_column, hard;
   DType assignments_dtype;
+  void* workspace;
 };
+
+// The scalar arguments, as the op takes them.
+struct SinkhornSettings {
+  double epsilon;
+  int64_t n_iters;
+  std::optional<double> relax, mass, tol, bound;
+  bool hard;
+};
+
+SinkhornRows sinkhorn_rows_arguments(const Tensor& scores, const Tensor* queue, const Tensor* weights, Device device);
+// A workspace is float64 and has `size` elements.
+SinkhornMass sinkhorn_mass_arguments(const Tensor& scores, const Tensor* queue, const Tensor* weights,
+                                     const Tensor& potentials, const Tensor& log_mass, const Tensor& workspace,
+                                     int64_t size, double epsilon, bool normalized, Device device);
+SinkhornSolve sinkhorn_solve_arguments(const Tensor& scores, const Tensor* queue, const Tensor* prior,
+                                       const Tensor* weights, const Tensor* init, const Tensor& potentials,
+                                       const Tensor* assignments, const Tensor& workspace, int64_t size,
+                                       const SinkhornSettings& settings, Device device);
+SinkhornAssign sinkhorn_assign_arguments(const Tensor& scores, const Tensor& potentials, const Tensor& assignments,
+                                         const Tensor& workspace, int64_t size, double epsilon, bool hard,
+                                         Device device);
 
 }  // namespace clustops
