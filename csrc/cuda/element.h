@@ -45,6 +45,40 @@ __device__ inline float value_of(F16 x) {
   return value;
 }
 
+// The number as an element, to the nearest, ties to even.
+__device__ inline void assign(float& element, float value) { element = value; }
+__device__ inline void assign(double& element, double value) { element = value; }
+
+__device__ inline void assign(Bf16& element, float value) {
+#ifdef CLUSTOPS_SIMT
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  bits = value != value ? 0x7fffffffu : bits + 0x7fffu + (bits >> 16 & 1);
+  element.bits = static_cast<uint16_t>(bits >> 16);
+#else
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(element.bits) : "f"(value));
+#endif
+}
+
+__device__ inline void assign(F16& element, float value) {
+#ifdef CLUSTOPS_SIMT
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  uint32_t half = 0x7fff;  // NaN
+  if (magnitude < 0x38800000) {
+    half = static_cast<uint32_t>(rintf(fabsf(value) * 0x1p24f));  // denormal, or the least of the others
+  } else if (magnitude < 0x477ff000) {
+    half = (magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  } else if (magnitude <= 0x7f800000) {
+    half = 0x7c00;
+  }
+  element.bits = static_cast<uint16_t>(sign | half);
+#else
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(element.bits) : "f"(value));
+#endif
+}
+
 // use(T()) for the element type T of this dtype.
 template <class Use>
 void with_element(DType dtype, const Use& use) {
