@@ -132,13 +132,14 @@ struct alignas(64) State {
 template <class T>
 void pack_rows(const Rows<T>& rows, int64_t i, int64_t count, const KMeansAssign& a, const Frame& frame,
                uint16_t* rounded, uint16_t* packed, State<T>& state) {
-  Squares squares{};
+  Squares squares;
   for (int r = 0; r < kSide; ++r) {
     uint16_t* out = rounded + r * frame.padded;
     if (r < count) {
       round_vector(rows[i + r], frame, false, out, kStep, r, squares);
     } else {
       std::memset(out, 0, frame.padded * sizeof *out);
+      squares.all[r] = squares.rest[r] = squares.residual[r] = _mm512_setzero_ps();
     }
     state.nearest[r] = {a.clusters, std::numeric_limits<T>::infinity()};
   }

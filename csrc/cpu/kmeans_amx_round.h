@@ -91,7 +91,19 @@ inline __m512 of_bf16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// x - mean for 16 features from d on, zero past the last.
+// x - mean for 16 features from d on.
+inline __m512 shifted(const float* x, const float* mean, int64_t d) {
+  return _mm512_loadu_ps(x + d) - _mm512_loadu_ps(mean + d);
+}
+
+inline __m512 shifted(const double* x, const float* mean, int64_t d) {
+  const auto half = [&](int64_t at) {
+    return _mm512_cvtpd_ps(_mm512_loadu_pd(x + at) - _mm512_cvtps_pd(_mm256_loadu_ps(mean + at)));
+  };
+  return _mm512_insertf32x8(_mm512_castps256_ps512(half(d)), half(d + 8), 1);
+}
+
+// Likewise, zero past the last.
 inline __m512 shifted(const float* x, const float* mean, int64_t d, int64_t features) {
   const __mmask16 inside = d + 16 <= features ? 0xffff : d < features ? Vec::first_lanes(features - d) : 0;
   return _mm512_maskz_sub_ps(inside, _mm512_maskz_loadu_ps(inside, x + d), _mm512_loadu_ps(mean + d));
@@ -165,14 +177,16 @@ struct Norms {
 template <class T>
 void round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, int64_t stride, int r, Squares& squares) {
   const __m512 sign = _mm512_castsi512_ps(_mm512_set1_epi32(centroid ? INT32_MIN : 0));
-  const auto load = [&](int64_t d) { return _mm512_xor_ps(shifted(x, frame.mean, d, frame.features), sign); };
+  const auto load = [&](int64_t d, bool whole) {
+    return _mm512_xor_ps(whole ? shifted(x, frame.mean, d) : shifted(x, frame.mean, d, frame.features), sign);
+  };
   __m512 square = _mm512_setzero_ps(), rest = square, residual = square;
   __m512 coefficient[kDirections];
   alignas(16) float coefficients[kDirections];
   if (frame.used) {
     std::fill_n(coefficient, kDirections, square);
     for (int64_t d = 0; d < frame.features; d += 16) {
-      const __m512 y = load(d);
+      const __m512 y = load(d, d + 16 <= frame.features);
       square = _mm512_fmadd_ps(y, y, square);
 #pragma GCC unroll 4
       for (int i = 0; i < kDirections; ++i) {
@@ -185,9 +199,9 @@ void round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, 
       coefficient[i] = _mm512_set1_ps(coefficients[i]);
     }
   }
-  for (int64_t s = 0; s < frame.steps; ++s) {
-    __m512 y[2] = {load(s * kStep), load(s * kStep + 16)};
-    if (frame.used) {
+  const auto round = [&](int64_t s, bool whole, bool used) __attribute__((always_inline)) {
+    __m512 y[2] = {load(s * kStep, whole), load(s * kStep + 16, whole)};
+    if (used) {
 #pragma GCC unroll 4
       for (int i = 0; i < kDirections; ++i) {
         const float* direction = frame.directions + i * frame.padded + s * kStep;
@@ -203,7 +217,14 @@ void round_vector(const T* x, const Frame& frame, bool centroid, uint16_t* out, 
       residual = _mm512_fmadd_ps(left[i], left[i], residual);
     }
     _mm512_storeu_si512(out + s * stride, rounded);
+  };
+  const int64_t whole = frame.features / kStep;
+  if (frame.used) {
+    for (int64_t s = 0; s < whole; ++s) round(s, true, true);
+  } else {
+    for (int64_t s = 0; s < whole; ++s) round(s, true, false);
   }
+  for (int64_t s = whole; s < frame.steps; ++s) round(s, false, frame.used);
   if (frame.used) add_coefficients(coefficients, frame.features, centroid, out, stride);
   squares.all[r] = frame.used ? square : rest;
   squares.rest[r] = rest;
