@@ -25,6 +25,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block runs at a time
+#define __grid_constant__
 #define __syncthreads() simt::wait(simt::Wait::block)
 #define __syncwarp() simt::wait(simt::Wait::warp)
 
