@@ -6,6 +6,8 @@
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_split.h"
 #include "../common/kmeans_update.h"
+#include "../common/sinkhorn_loss.h"
+#include "../common/sinkhorn_matrix.h"
 
 namespace clustops::cuda {
 
@@ -22,5 +24,10 @@ void kmeans_potentials(const KMeansPotentials& problem, void* stream);
 void kmeans_closest(const KMeansClosest& problem, void* stream);
 void kmeans_seed(const KMeansSeed& problem, void* stream);
 int64_t kmeans_seed_workspace(int64_t entries, int64_t rows, int64_t features, int64_t trials);  // in 64-bit words
+
+void soft_cross_entropy(const SoftCrossEntropy& problem, void* workspace, void* stream);
+int64_t soft_cross_entropy_workspace(int64_t pairs, bool listed, int64_t rows, int64_t columns);  // in numbers of the losses' dtype
+void soft_cross_entropy_backward(const SoftCrossEntropyBackward& problem, void* stream);
+void sinkhorn_matrix(const SinkhornMatrix& problem, void* stream);
 
 }  // namespace clustops::cuda
