@@ -230,6 +230,67 @@ void bind_kmeans_seeding(py::module_& m) {
       release());
 }
 
+// Sizes of workspaces for scores and a queue, or 0 where those are no rows: the checks that follow say so.
+int64_t sinkhorn_workspace(const Tensor& scores, const Maybe& queue, int threads) {
+  if (scores.dims != 3 || (queue && queue->dims != 3)) return 0;
+  clustops::SinkhornRows rows{};
+  rows.problems = scores.shape[0], rows.rows = scores.shape[1], rows.columns = scores.shape[2];
+  rows.queued = queue ? queue->shape[1] : 0, rows.dtype = scores.dtype;
+  return cpu::kernels().sinkhorn_workspace(rows, threads);
+}
+
+int64_t sinkhorn_assign_workspace(const Tensor& scores, int threads) {
+  if (scores.dims != 3) return 0;
+  clustops::SinkhornRows rows{};
+  rows.problems = scores.shape[0], rows.rows = scores.shape[1], rows.columns = scores.shape[2];
+  rows.dtype = scores.dtype;
+  return cpu::kernels().sinkhorn_assign_workspace(rows, threads);
+}
+
+void bind_sinkhorn(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def("sinkhorn_workspace", &sinkhorn_workspace, "float64 numbers");
+  m.def("sinkhorn_assign_workspace", &sinkhorn_assign_workspace, "float64 numbers");
+  m.def(
+      "sinkhorn",
+      [](const Tensor& potentials, const Maybe& assignments, const Tensor& scores, const Maybe& queue,
+         const Maybe& prior, const Maybe& weights, const Maybe& init, const Tensor& workspace, double epsilon,
+         int64_t n_iters, std::optional<double> relax, std::optional<double> mass, std::optional<double> tol, bool hard,
+         int threads) {
+        threads = threads < 1 ? 1 : threads;
+        const clustops::SinkhornSettings settings{epsilon, n_iters, relax, mass, tol, std::nullopt, hard};
+        cpu::kernels().sinkhorn_solve(
+            clustops::sinkhorn_solve_arguments(scores, pointer(queue), pointer(prior), pointer(weights), pointer(init),
+                                               potentials, pointer(assignments), workspace,
+                                               sinkhorn_workspace(scores, queue, threads), settings, Device::cpu),
+            threads);
+      },
+      release());
+  m.def(
+      "sinkhorn_column_mass",
+      [](const Tensor& log_mass, const Tensor& scores, const Maybe& queue, const Maybe& weights,
+         const Tensor& potentials, const Tensor& workspace, double epsilon, bool normalized, int threads) {
+        threads = threads < 1 ? 1 : threads;
+        cpu::kernels().sinkhorn_column_mass(
+            clustops::sinkhorn_mass_arguments(scores, pointer(queue), pointer(weights), potentials, log_mass, workspace,
+                                              sinkhorn_workspace(scores, queue, threads), epsilon, normalized,
+                                              Device::cpu),
+            threads);
+      },
+      release());
+  m.def(
+      "sinkhorn_assign",
+      [](const Tensor& assignments, const Tensor& scores, const Tensor& potentials, const Tensor& workspace,
+         double epsilon, bool hard, int threads) {
+        threads = threads < 1 ? 1 : threads;
+        cpu::kernels().sinkhorn_assign(
+            clustops::sinkhorn_assign_arguments(scores, potentials, assignments, workspace,
+                                                sinkhorn_assign_workspace(scores, threads), epsilon, hard, Device::cpu),
+            threads);
+      },
+      release());
+}
+
 #ifdef CLUSTOPS_WITH_CUDA
 void bind_kmeans_assign_cuda(py::module_& m) {
   m.def(
@@ -374,6 +435,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_update(m);
   bind_kmeans_seeding(m);
   bind_kmeans_iterate(m);
+  bind_sinkhorn(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

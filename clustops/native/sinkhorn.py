@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn_ops as reference
-from . import register
+from . import extension, register, sinkhorn_cpu
+
+_on_cpu = hasattr(extension, "sinkhorn")
 
 
 def _fake_potentials(
@@ -34,6 +36,7 @@ register(
     "float epsilon, int n_iters, float? relax, float? mass, float? tol, float? bound) -> Tensor",
     reference=reference.sinkhorn_potentials,
     fake=_fake_potentials,
+    cpu=sinkhorn_cpu.potentials if _on_cpu else None,
 )
 
 
@@ -53,6 +56,7 @@ register(
     "bool normalized) -> Tensor",
     reference=reference.column_log_mass,
     fake=_fake_column_mass,
+    cpu=sinkhorn_cpu.column_mass if _on_cpu else None,
 )
 
 
@@ -78,12 +82,14 @@ register(
     "float epsilon, int n_iters, float? relax, float? mass, float? tol, bool hard) -> Tensor",
     reference=reference.sinkhorn_,
     fake=_fake_sinkhorn,
+    cpu=sinkhorn_cpu.plan_ if _on_cpu else None,
 )
 register(
     "assign_from_potentials_(Tensor(a!) out, Tensor scores, Tensor potentials, float epsilon, bool hard) "
     "-> ()",
     reference=reference.assign_from_potentials_,
     fake=lambda out, scores, potentials, epsilon, hard: None,
+    cpu=sinkhorn_cpu.assign_ if _on_cpu else None,
 )
 
 

@@ -78,5 +78,11 @@ inline Vec log2(Vec x) {
   p = fma(p, t, Vec::set1(1.442695f));
   return fma(p, t, exponent);
 }
+inline VecD log2(VecD x) {
+  double lanes[VecD::kWidth];
+  store(x, lanes);
+  for (double& lane : lanes) lane = std::log2(lane);
+  return VecD::load(lanes);
+}
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
+#include "../common/sinkhorn.h"
 
 namespace clustops::cpu {
 
@@ -26,6 +27,12 @@ struct Kernels {
   int64_t (*kmeans_seed_workspace)(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials,
                                    int threads);  // of int64
   void (*kmeans_seed)(const KMeansSeed& problem, int threads);
+
+  int64_t (*sinkhorn_workspace)(const SinkhornRows& rows, int threads);  // of float64
+  void (*sinkhorn_solve)(const SinkhornSolve& problem, int threads);
+  void (*sinkhorn_column_mass)(const SinkhornMass& problem, int threads);
+  int64_t (*sinkhorn_assign_workspace)(const SinkhornRows& rows, int threads);  // of float64
+  void (*sinkhorn_assign)(const SinkhornAssign& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

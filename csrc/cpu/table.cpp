@@ -16,6 +16,11 @@ void kmeans_potentials(const KMeansPotentials& problem, int threads);
 void kmeans_closest(const KMeansClosest& problem, int threads);
 int64_t kmeans_seed_workspace(const KMeansRows& rows, int64_t entries, int64_t clusters, int64_t trials, int threads);
 void kmeans_seed(const KMeansSeed& problem, int threads);
+int64_t sinkhorn_workspace(const SinkhornRows& rows, int threads);
+void sinkhorn_solve(const SinkhornSolve& problem, int threads);
+void sinkhorn_column_mass(const SinkhornMass& problem, int threads);
+int64_t sinkhorn_assign_workspace(const SinkhornRows& rows, int threads);
+void sinkhorn_assign(const SinkhornAssign& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
@@ -34,6 +39,11 @@ const Kernels table = {kmeans_assign_workspace,
                        kmeans_closest,
                        kmeans_seed_workspace,
                        kmeans_seed,
+                       sinkhorn_workspace,
+                       sinkhorn_solve,
+                       sinkhorn_column_mass,
+                       sinkhorn_assign_workspace,
+                       sinkhorn_assign,
                        measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
