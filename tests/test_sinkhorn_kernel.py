@@ -38,7 +38,8 @@ class Case(NamedTuple):
     tol: float | None = None
 
     def exact(self) -> Case:
-        return Case(*(t.double() if isinstance(t, Tensor) else t for t in self))
+        values: list[Any] = [t.double() if isinstance(t, Tensor) else t for t in self]
+        return Case(*values)
 
     @property
     def wide(self) -> torch.dtype:
@@ -56,7 +57,8 @@ def scores_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def potentials_of(case: Case) -> Tensor:
-    return OPS.sinkhorn_potentials(*case, None)
+    result: Tensor = OPS.sinkhorn_potentials(*case, None)
+    return result
 
 
 def plan_of(case: Case, dtype: torch.dtype | None = None, hard: bool = False) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ def draw_case(seed: int, p: int, b: int, k: int, n: int, dtype: torch.dtype, opt
     prior = torch.rand(p, k, generator=g, dtype=double) * (torch.rand(p, k, generator=g) < 0.7)
     prior[:, k // 2] = 1.0
     wide = reference.accumulator(dtype)
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "queue": {"queue": scores_of(seed + 1, 1, n, k, dtype=dtype).expand(p, -1, -1)},
         "weights": {"weights": weights.to(wide)},
         "prior": {"prior": prior.to(wide)},
@@ -155,8 +157,8 @@ def test_column_masses_are_those_of_the_reference(
     a = torch.randn(p, k + ("mass" in options), generator=generator(seed), dtype=double).to(case.wide)
     a[:, 1:2] = -inf if k > 1 else 0
     given = (case.scores, case.queue, case.weights, a)
-    exact = (t if t is None else t.double() for t in given)
-    oracle = reference.column_log_mass(*exact, case.epsilon, normalized)
+    exact = case.exact()
+    oracle = reference.column_log_mass(*exact[:2], exact.weights, a.double(), case.epsilon, normalized)
     plain = reference.column_log_mass(*given, case.epsilon, normalized)
     result = OPS.sinkhorn_column_mass(*given, case.epsilon, normalized)
     assert_near(result, plain, oracle, case.rounding)
@@ -255,9 +257,10 @@ def test_assignments_are_those_of_the_reference(
         OPS.assign_from_potentials_(out, case.scores, a, 0.05, False)
         assert_near(out, plain, oracle, case.rounding + 2 * float(torch.finfo(out_dtype).eps))
         # Of few values, so that there are ties between unequal columns.
-        for s, b, epsilon in ((case.scores, a, 0.05), ((case.scores * 4).round(), a.round(), 0.5)):
-            OPS.assign_from_potentials_(out, s, b, epsilon, True)
-            assert torch.equal(out, reference.assign_from_potentials(s, b, epsilon, True, out_dtype))
+        for s, potentials, epsilon in ((case.scores, a, 0.05), ((case.scores * 4).round(), a.round(), 0.5)):
+            OPS.assign_from_potentials_(out, s, potentials, epsilon, True)
+            expected = reference.assign_from_potentials(s, potentials, epsilon, True, out_dtype)
+            assert torch.equal(out, expected)
 
 
 def test_ties_of_hard_assignments_go_to_the_lowest_index(instruction_set: str) -> None:
