@@ -424,6 +424,46 @@ void bind_kmeans_seeding_cuda(py::module_& m) {
       },
       release());
 }
+
+void bind_sinkhorn_loss_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  using Indices = std::vector<int64_t>;
+  m.def("soft_cross_entropy_workspace", &cuda::soft_cross_entropy_workspace);
+  m.def(
+      "soft_cross_entropy_cuda",
+      [](const Tensor& scores, const Tensor& targets, const Tensor& bias, const Indices& view, const Indices& target,
+         double temperature, double target_temperature, const Tensor& losses, const Tensor& score_normalizers,
+         const Tensor& target_normalizers, const Tensor& workspace, uintptr_t stream) {
+        const auto problem =
+            clustops::soft_cross_entropy_arguments(scores, targets, bias, view, target, temperature, target_temperature,
+                                                   losses, score_normalizers, target_normalizers, Device::cuda);
+        const int64_t size =
+            cuda::soft_cross_entropy_workspace(problem.pairs, problem.view != nullptr, problem.rows, problem.columns);
+        clustops::expect(workspace, "workspace", losses.dtype, Device::cuda, {size});
+        cuda::soft_cross_entropy(problem, workspace.data, reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "soft_cross_entropy_backward_cuda",
+      [](const Tensor& upstream, const Tensor& scores, const Tensor& targets, const Tensor& bias,
+         const Tensor& score_normalizers, const Tensor& target_normalizers, const Indices& view, const Indices& target,
+         double temperature, double target_temperature, const Tensor& gradient, uintptr_t stream) {
+        cuda::soft_cross_entropy_backward(
+            clustops::soft_cross_entropy_backward_arguments(upstream, scores, targets, bias, score_normalizers,
+                                                            target_normalizers, view, target, temperature,
+                                                            target_temperature, gradient, Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "sinkhorn_matrix_cuda",
+      [](const Tensor& m, const Maybe& gradient, const Tensor& result, int64_t n_iters, uintptr_t stream) {
+        cuda::sinkhorn_matrix(clustops::sinkhorn_matrix_arguments(m, pointer(gradient), result, n_iters, Device::cuda),
+                              reinterpret_cast<void*>(stream));
+      },
+      release());
+}
 #endif
 
 }  // namespace
@@ -441,5 +481,6 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_update_cuda(m);
   bind_kmeans_seeding_cuda(m);
   bind_kmeans_iterate_cuda(m);
+  bind_sinkhorn_loss_cuda(m);
 #endif
 }

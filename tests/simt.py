@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU, thread by thread (native/simt.h), under the address and undefined-behaviour sanitizers."""
+"""CUDA kernels on the CPU, thread by thread (native/simt.h), under address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 
@@ -49,4 +49,6 @@ class Results:
         size = room.numel() * room.element_size()
         taken, self.left = self.left[:size], self.left[size:]
         assert len(taken) == size
-        return torch.from_numpy(np.frombuffer(taken, np.uint8).copy()).view(dtype).view(shape) if size else room
+        return (
+            torch.from_numpy(np.frombuffer(taken, np.uint8).copy()).view(dtype).view(shape) if size else room
+        )

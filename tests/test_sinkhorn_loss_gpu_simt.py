@@ -1,5 +1,5 @@
-"""The CUDA kernels of the soft cross-entropy and of small matrices on the CPU, thread by thread, under the address and
-undefined-behaviour sanitizers, in three orders of the threads of a block."""
+"""The CUDA kernels of the soft cross-entropy and of small matrices on the CPU, thread by thread, under the
+address and undefined-behaviour sanitizers, in three orders of the threads of a block."""
 
 from __future__ import annotations
 
@@ -331,9 +331,7 @@ def test_a_sure_and_right_prediction_costs_nothing_at_all(program: Path) -> None
 matrix_sizes = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32])
 
 
-def project(
-    program: Path, m: Tensor, n_iters: int, gradient: Tensor | None = None, order: int = 0
-) -> Tensor:
+def project(program: Path, m: Tensor, n_iters: int, gradient: Tensor | None = None, order: int = 0) -> Tensor:
     operation = "matrix" if gradient is None else "matrix gradient"
     arguments = [operation, order, DTYPES[m.dtype], *m.shape[:2], n_iters]
     found = Results(program, arguments, m, *([] if gradient is None else [gradient]))
