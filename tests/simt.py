@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU, thread by thread (native/simt.h), under address and undefined-behaviour sanitizers."""
+"""CUDA kernels on the CPU, thread by thread (native/simt.h), under two sanitizers."""
 
 from __future__ import annotations
 

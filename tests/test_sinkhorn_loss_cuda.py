@@ -40,8 +40,9 @@ def assert_is_the_reference(scores: Tensor, targets: Tensor, bias: Tensor, pairs
         assert_close(got, right, dtype, scale=10)
     upstream = draw(*exact[0].shape, dtype=dtype, seed=1)
     inputs = (upstream, scores, targets, bias)
-    right = ops.soft_cross_entropy_backward(*(t.double() for t in inputs), *exact[1:], *settings)
-    got = kernels.soft_cross_entropy_backward(*(t.cuda() for t in inputs), *found[1:], *settings)
+    g, s, t, c = (x.double() for x in inputs)
+    right = ops.soft_cross_entropy_backward(g, s, t, c, *exact[1:], *settings)
+    got = kernels.soft_cross_entropy_backward(*(x.cuda() for x in inputs), *found[1:], *settings)
     assert got.dtype == scores.dtype
     assert_close(got, right, scores.dtype, scale=10)
 

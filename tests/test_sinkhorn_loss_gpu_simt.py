@@ -77,7 +77,8 @@ class Problem:
         found = Results(program, ["loss", *order, *self.arguments()], *self.inputs())
         (v, b, _), a = self.scores.shape, self.targets.shape[0]
         n = v if self.pairs is None else len(self.pairs)
-        return tuple(found.take(self.dtype, rows, b) for rows in (n, v, a))
+        losses, z, target_z = (found.take(self.dtype, rows, b) for rows in (n, v, a))
+        return losses, z, target_z
 
     def backward(self, program: Path, upstream: Tensor, z: Tensor, target_z: Tensor) -> Tensor:
         order = [self.order, DTYPES[self.scores.dtype]]
@@ -105,9 +106,10 @@ def memory(x: Tensor, offset: int | None = None) -> Tensor:
     """The elements from the first (or from ``offset`` on) to the last that a view spans."""
     if x.numel() == 0:
         return x.flatten()
-    offset = x.storage_offset() if offset is None else offset
-    last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x.as_strided((last + 1 - offset,), (1,), offset)
+    start = int(x.storage_offset())
+    first = start if offset is None else offset
+    last = start + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((last + 1 - first,), (1,), first)
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
