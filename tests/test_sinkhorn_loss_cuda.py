@@ -31,18 +31,18 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 
 def assert_is_the_reference(scores: Tensor, targets: Tensor, bias: Tensor, pairs: Pairs) -> None:
     """Kernels on the GPU against the reference in fp64 on the CPU, forward and backward."""
-    settings = ([v for v, _ in pairs], [a for _, a in pairs], 0.1, 0.05)
+    views, of = [v for v, _ in pairs], [a for _, a in pairs]
     dtype = ops.accumulator(scores.dtype)
-    exact = ops.soft_cross_entropy(scores.double(), targets.double(), bias.double(), *settings)
-    found = kernels.soft_cross_entropy(scores.cuda(), targets.cuda(), bias.cuda(), *settings)
+    s, t, c = (x.double() for x in (scores, targets, bias))
+    exact = ops.soft_cross_entropy(s, t, c, views, of, 0.1, 0.05)
+    inputs = [x.cuda() for x in (scores, targets, bias)]
+    found = kernels.soft_cross_entropy(*inputs, views, of, 0.1, 0.05)
     for got, right in zip(found, exact, strict=True):
         assert got.dtype == dtype
         assert_close(got, right, dtype, scale=10)
     upstream = draw(*exact[0].shape, dtype=dtype, seed=1)
-    inputs = (upstream, scores, targets, bias)
-    g, s, t, c = (x.double() for x in inputs)
-    right = ops.soft_cross_entropy_backward(g, s, t, c, *exact[1:], *settings)
-    got = kernels.soft_cross_entropy_backward(*(x.cuda() for x in inputs), *found[1:], *settings)
+    right = ops.soft_cross_entropy_backward(upstream.double(), s, t, c, *exact[1:], views, of, 0.1, 0.05)
+    got = kernels.soft_cross_entropy_backward(upstream.cuda(), *inputs, *found[1:], views, of, 0.1, 0.05)
     assert got.dtype == scores.dtype
     assert_close(got, right, scores.dtype, scale=10)
 
