@@ -28,7 +28,8 @@ SWAPPED = [(v, a) for a in range(2) for v in range(8) if v != a]
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simt")
-    return build(folder, "sinkhorn_loss_gpu", "sinkhorn_loss.cu", "sinkhorn_matrix.cu", optimize="-O0")
+    kernels = ["sinkhorn_loss.cu", "sinkhorn_loss_backward.cu", "sinkhorn_matrix.cu"]
+    return build(folder, "sinkhorn_loss_gpu", *kernels, optimize="-O0")
 
 
 @dataclass(frozen=True)

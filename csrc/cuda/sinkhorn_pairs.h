@@ -81,9 +81,10 @@ std::vector<Tile<kViews, kTargets>> tiles_of(const SoftCrossEntropy& a, bool by_
   return tiles;
 }
 
-// The tile of row p with row p: the numbers in it are then those of problem 0.
-inline Tile<1, 1> single_pair() {
-  Tile<1, 1> tile;
+// The tile of row p with row p: its numbers are those of problem 0.
+template <int kViews, int kTargets>
+Tile<kViews, kTargets> single_pair() {
+  Tile<kViews, kTargets> tile;
   tile.take(0, 0, 0);
   return tile;
 }

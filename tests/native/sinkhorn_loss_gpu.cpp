@@ -26,7 +26,7 @@ void loss(DType dtype, char** text, bool backward) {
   const auto target_dtype = static_cast<DType>(std::atoi(text[0]));
   int64_t n[11];
   for (int i = 0; i < 11; ++i) n[i] = std::atoll(text[1 + i]);
-  const int64_t v = n[0], a = n[1], b = n[2], k = n[3], before = n[9], pairs = n[10] < 0 ? v : n[10];
+  const int64_t v = n[0], a = n[1], b = n[2], k = n[3], before = b > 0 ? n[9] : 0, pairs = n[10] < 0 ? v : n[10];
   const int64_t real = size_of(dtype == DType::f64 ? DType::f64 : DType::f32);
   auto scores = read<char>((before + span(v, b, k, n[4], n[5])) * size_of(dtype));
   auto targets = read<char>(span(a, b, k, n[6], n[7]) * size_of(target_dtype));
