@@ -6,6 +6,7 @@
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_split.h"
 #include "../common/kmeans_update.h"
+#include "../common/sinkhorn.h"
 #include "../common/sinkhorn_loss.h"
 #include "../common/sinkhorn_matrix.h"
 
@@ -24,6 +25,13 @@ void kmeans_potentials(const KMeansPotentials& problem, void* stream);
 void kmeans_closest(const KMeansClosest& problem, void* stream);
 void kmeans_seed(const KMeansSeed& problem, void* stream);
 int64_t kmeans_seed_workspace(int64_t entries, int64_t rows, int64_t features, int64_t trials);  // in 64-bit words
+
+// Workspaces in 64-bit words.
+int64_t sinkhorn_mass_workspace(const SinkhornRows& rows, bool virtual_column);
+int64_t sinkhorn_solve_workspace(const SinkhornRows& rows, bool virtual_column);  // on the current device
+void sinkhorn_column_mass(const SinkhornMass& problem, void* stream);
+void sinkhorn_solve(const SinkhornSolve& problem, void* stream);  // at least one update
+void sinkhorn_assign(const SinkhornAssign& problem, void* stream);
 
 void soft_cross_entropy(const SoftCrossEntropy& problem, void* workspace, void* stream);
 int64_t soft_cross_entropy_workspace(int64_t pairs, bool listed, int64_t rows, int64_t columns);  // in numbers of the losses' dtype

@@ -37,6 +37,12 @@ void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t 
   if (grid > 0) simt::launch(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, [&] { kernel(arguments...); });
 }
 
+template <class... Parameters, class... Arguments>
+void launch_together(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,
+                     const Arguments&... arguments) {
+  simt::launch_together(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, [&] { kernel(arguments...); });
+}
+
 }  // namespace clustops::cuda
 
 #else
@@ -85,17 +91,40 @@ inline bool hopper() {
 #endif
 }
 
-// Nothing to do is no launch. More than 48 KB of dynamic shared memory must be asked for.
+// More than 48 KB of dynamic shared memory must be asked for.
+template <class Kernel>
+void ask_for_shared(Kernel kernel, std::size_t shared) {
+  if (shared <= (48 << 10)) return;
+  must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+       "cudaFuncSetAttribute");
+}
+
+// Nothing to do is no launch.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void* stream,
             const Arguments&... arguments) {
   if (grid <= 0) return;
-  if (shared > (48 << 10)) {
-    must(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-         "cudaFuncSetAttribute");
-  }
+  ask_for_shared(kernel, shared);
   kernel<<<static_cast<unsigned>(grid), block, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
   must(cudaGetLastError(), "kernel launch");
+}
+
+// All blocks run at once, or it is an error.
+template <class... Parameters, class... Arguments>
+void launch_together(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void* stream,
+                     const Arguments&... arguments) {
+  ask_for_shared(kernel, shared);
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(grid);
+  config.blockDim = static_cast<unsigned>(block);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &together;
+  config.numAttrs = 1;
+  must(cudaLaunchKernelEx(&config, kernel, arguments...), "cooperative kernel launch");
 }
 
 }  // namespace clustops::cuda

@@ -127,18 +127,37 @@ inline bool release(unsigned first, unsigned last, Wait barrier, bool all = true
   return some;
 }
 
-inline void run_block(std::vector<Fiber>& all, std::mt19937& random) {
+struct Block {
+  unsigned index = 0;
+  std::vector<Fiber> threads;
+  std::vector<unsigned char> memory;
+
+  Block(unsigned size, std::size_t shared) : threads(size), memory(shared) {}
+
+  // Shared memory holds garbage when a block starts.
+  void start(unsigned at) {
+    index = at;
+    std::fill(memory.begin(), memory.end(), static_cast<unsigned char>(0xcd));
+    for (Fiber& fiber : threads) {
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStack;
+      fiber.waits = Wait::none;
+      makecontext(&fiber.context, fiber_main, 0);
+    }
+  }
+};
+
+// Runs a block until it ends; or, if some of its threads wait for what others do, until no other thread can go on: false.
+inline bool run_block(Block& block, std::mt19937& random) {
+  std::vector<Fiber>& all = block.threads;
   const unsigned threads = static_cast<unsigned>(all.size());
   fibers = &all;
-  for (Fiber& fiber : all) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.waits = Wait::none;
-    makecontext(&fiber.context, fiber_main, 0);
-  }
+  blockIdx.x = block.index;
+  dynamic_shared = block.memory.data();
   std::vector<unsigned> turn(threads);
   for (unsigned t = 0; t < threads; ++t) turn[t] = order == Order::reverse ? threads - 1 - t : t;
+  release(0, threads, Wait::poll, false);
   for (;;) {
     if (order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random);
     // Some warps fall behind, as they do on a GPU.
@@ -154,31 +173,58 @@ inline void run_block(std::vector<Fiber>& all, std::mt19937& random) {
       enter_fiber(all[t]);
     }
     bool more = late;
-    more |= release(0, threads, Wait::poll, false) && ++polls < kMostPolls;
     for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
     if (more || release(0, threads, Wait::block)) continue;
-    if (std::all_of(all.begin(), all.end(), [](const Fiber& fiber) { return fiber.waits == Wait::ended; })) return;
+    const auto is = [](Wait wait) { return [wait](const Fiber& fiber) { return fiber.waits == wait; }; };
+    if (std::any_of(all.begin(), all.end(), is(Wait::poll))) return false;
+    if (std::all_of(all.begin(), all.end(), is(Wait::ended))) return true;
     std::fprintf(stderr, "threads of a block wait at different barriers\n");
     std::exit(4);
   }
 }
 
-// Shared memory holds garbage when a block starts.
-inline void launch(unsigned grid, unsigned block, std::size_t shared, const std::function<void()>& kernel) {
-  std::mt19937 random(grid);
-  std::vector<Fiber> all(block);
+inline void start(unsigned grid, unsigned block, const std::function<void()>& kernel) {
   gridDim.x = grid;
   blockDim.x = block;
   body = &kernel;
-  for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-    std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
-    std::memset(memory.get(), 0xcd, shared);
-    dynamic_shared = memory.get();
-    run_block(all, random);
+  polls = 0;
+}
+
+inline void check_polls() {
+  if (++polls <= kMostPolls) return;
+  std::fprintf(stderr, "threads wait for what no other thread does\n");
+  std::exit(4);
+}
+
+inline void launch(unsigned grid, unsigned block, std::size_t shared, const std::function<void()>& kernel) {
+  std::mt19937 random(grid);
+  start(grid, block, kernel);
+  Block one(block, shared);
+  for (unsigned b = 0; b < grid; ++b) {
+    one.start(b);
+    while (!run_block(one, random)) check_polls();
   }
 }
 
 inline void launch(unsigned grid, unsigned block, const std::function<void()>& kernel) { launch(grid, block, 0, kernel); }
+
+// All blocks run at once: each until it waits for the others. Their kernel may have dynamic shared memory only.
+inline void launch_together(unsigned grid, unsigned block, std::size_t shared, const std::function<void()>& kernel) {
+  std::mt19937 random(grid);
+  start(grid, block, kernel);
+  std::vector<std::unique_ptr<Block>> left;
+  for (unsigned b = 0; b < grid; ++b) {
+    left.emplace_back(new Block(block, shared));
+    left.back()->start(b);
+  }
+  if (order == Order::reverse) std::reverse(left.begin(), left.end());
+  while (!left.empty()) {
+    if (order == Order::shuffled) std::shuffle(left.begin(), left.end(), random);
+    const auto ended = [&](const std::unique_ptr<Block>& one) { return run_block(*one, random); };
+    left.erase(std::remove_if(left.begin(), left.end(), ended), left.end());
+    check_polls();
+  }
+}
 
 // What every lane of a warp gave, once all of them have.
 template <class T, class Use>
