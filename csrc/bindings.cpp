@@ -464,6 +464,59 @@ void bind_sinkhorn_loss_cuda(py::module_& m) {
       },
       release());
 }
+
+void bind_sinkhorn_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  const auto rows_of = [](const Tensor& scores, const Maybe& queue) {
+    return clustops::sinkhorn_rows_arguments(scores, pointer(queue), nullptr, Device::cuda);
+  };
+  const auto mass_workspace = [=](const Tensor& scores, const Maybe& queue, bool virtual_column) {
+    return cuda::sinkhorn_mass_workspace(rows_of(scores, queue), virtual_column);
+  };
+  const auto solve_workspace = [=](const Tensor& scores, const Maybe& queue, bool virtual_column) {
+    return cuda::sinkhorn_solve_workspace(rows_of(scores, queue), virtual_column);
+  };
+  m.def("sinkhorn_column_mass_workspace_cuda", mass_workspace, "float64 numbers");
+  m.def("sinkhorn_workspace_cuda", solve_workspace, "float64 numbers");
+  m.def(
+      "sinkhorn_cuda",
+      [=](const Tensor& potentials, const Maybe& assignments, const Tensor& scores, const Maybe& queue,
+          const Maybe& prior, const Maybe& weights, const Maybe& init, const Tensor& workspace, double epsilon,
+          int64_t n_iters, std::optional<double> relax, std::optional<double> mass, std::optional<double> tol, bool hard,
+          uintptr_t stream) {
+        const clustops::SinkhornSettings settings{epsilon, n_iters, relax, mass, tol, std::nullopt, hard};
+        cuda::sinkhorn_solve(
+            clustops::sinkhorn_solve_arguments(scores, pointer(queue), pointer(prior), pointer(weights), pointer(init),
+                                               potentials, pointer(assignments), workspace,
+                                               solve_workspace(scores, queue, mass.has_value()), settings,
+                                               Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "sinkhorn_column_mass_cuda",
+      [=](const Tensor& log_mass, const Tensor& scores, const Maybe& queue, const Maybe& weights,
+          const Tensor& potentials, const Tensor& workspace, double epsilon, bool normalized, uintptr_t stream) {
+        const int64_t columns = scores.dims == 3 ? scores.shape[2] : 0;
+        const bool virtual_column = potentials.dims == 2 && potentials.shape[1] > columns;
+        cuda::sinkhorn_column_mass(
+            clustops::sinkhorn_mass_arguments(scores, pointer(queue), pointer(weights), potentials, log_mass, workspace,
+                                              mass_workspace(scores, queue, virtual_column), epsilon, normalized,
+                                              Device::cuda),
+            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "sinkhorn_assign_cuda",
+      [](const Tensor& assignments, const Tensor& scores, const Tensor& potentials, const Tensor& workspace,
+         double epsilon, bool hard, uintptr_t stream) {
+        cuda::sinkhorn_assign(clustops::sinkhorn_assign_arguments(scores, potentials, assignments, workspace, 0,
+                                                                  epsilon, hard, Device::cuda),
+                              reinterpret_cast<void*>(stream));
+      },
+      release());
+}
 #endif
 
 }  // namespace
@@ -481,6 +534,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_update_cuda(m);
   bind_kmeans_seeding_cuda(m);
   bind_kmeans_iterate_cuda(m);
+  bind_sinkhorn_cuda(m);
   bind_sinkhorn_loss_cuda(m);
 #endif
 }

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn_ops as reference
-from . import extension, register, sinkhorn_cpu
+from . import extension, register, sinkhorn_cpu, sinkhorn_cuda
 
 _on_cpu = hasattr(extension, "sinkhorn")
+_on_cuda = hasattr(extension, "sinkhorn_cuda")
 
 
 def _fake_potentials(
@@ -37,6 +38,7 @@ register(
     reference=reference.sinkhorn_potentials,
     fake=_fake_potentials,
     cpu=sinkhorn_cpu.potentials if _on_cpu else None,
+    cuda=sinkhorn_cuda.potentials if _on_cuda else None,
 )
 
 
@@ -57,6 +59,7 @@ register(
     reference=reference.column_log_mass,
     fake=_fake_column_mass,
     cpu=sinkhorn_cpu.column_mass if _on_cpu else None,
+    cuda=sinkhorn_cuda.column_mass if _on_cuda else None,
 )
 
 
@@ -83,6 +86,7 @@ register(
     reference=reference.sinkhorn_,
     fake=_fake_sinkhorn,
     cpu=sinkhorn_cpu.plan_ if _on_cpu else None,
+    cuda=sinkhorn_cuda.plan_ if _on_cuda else None,
 )
 register(
     "assign_from_potentials_(Tensor(a!) out, Tensor scores, Tensor potentials, float epsilon, bool hard) "
@@ -90,6 +94,7 @@ register(
     reference=reference.assign_from_potentials_,
     fake=lambda out, scores, potentials, epsilon, hard: None,
     cpu=sinkhorn_cpu.assign_ if _on_cpu else None,
+    cuda=sinkhorn_cuda.assign_ if _on_cuda else None,
 )
 
 
