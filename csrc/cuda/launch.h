@@ -29,7 +29,8 @@ inline int64_t shared_limit = 160 << 10;
 inline int64_t most_shared() { return shared_limit; }
 inline bool is_hopper = false;
 inline bool hopper() { return is_hopper; }
-inline int64_t multiprocessors() { return 2; }
+inline int64_t processors = 2;
+inline int64_t multiprocessors() { return processors; }
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t grid, int block, std::size_t shared, void*,

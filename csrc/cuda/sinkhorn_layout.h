@@ -8,9 +8,15 @@
 
 namespace clustops::cuda {
 
-constexpr int64_t kPasses = 528;       // CTAs of a pass over all rows: four for each multiprocessor of the largest Hopper
-constexpr int64_t kChunkStep = 8;      // the rows of a CTA are a multiple of this
-constexpr int kPassThreads = 128;      // at least, of a CTA that has the masses of all columns in registers
+#ifdef CLUSTOPS_SIMT  // small, so that tests meet several of each
+constexpr int64_t kPassBlocks = 5, kSplitFrom = 300, kScoresOfMember = 100;
+#else
+constexpr int64_t kPassBlocks = 528;  // CTAs of a pass over all rows: four for each multiprocessor of an H200
+constexpr int64_t kSplitFrom = 1 << 16;    // scores of a problem from which on more CTAs pay for their barriers
+constexpr int64_t kScoresOfMember = 4096;  // at least, of each of these
+#endif
+constexpr int64_t kChunkStep = 8;  // the rows of a CTA are a multiple of this
+constexpr int kPassThreads = 128;  // at least, of a CTA that has the masses of all columns in registers
 constexpr int kMostThreads = 512;
 constexpr int kMostColumns = 32 * kMostThreads;  // whose masses the threads of one CTA can hold
 
@@ -24,7 +30,7 @@ struct Chunks {
 
 inline Chunks chunks_of(int64_t problems, int64_t rows) {
   if (rows < 1 || problems < 1) return {kChunkStep, 0};
-  const int64_t most = divide_up(rows, kChunkStep), share = kPasses / problems;
+  const int64_t most = divide_up(rows, kChunkStep), share = kPassBlocks / problems;
   const int64_t wanted = share < 1 ? 1 : share < most ? share : most;
   const int64_t size = round_up(divide_up(rows, wanted), kChunkStep);
   return {size, divide_up(rows, size)};

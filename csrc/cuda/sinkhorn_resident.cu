@@ -8,8 +8,6 @@
 namespace clustops::cuda {
 namespace {
 
-constexpr int64_t kSplitFrom = 1 << 16;     // scores of a problem from which on more CTAs pay for their barriers
-constexpr int64_t kScoresOfMember = 4096;   // at least, of each of these
 constexpr int64_t kRowsOfMember = 4;
 constexpr int64_t kBlocksOfProcessor = 16;  // problems at once where each has one CTA
 constexpr int kCounterStride = 32;          // counters of barriers lie in lines of their own

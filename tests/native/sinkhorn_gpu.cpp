@@ -1,6 +1,6 @@
 // Runs the CUDA kernels of Sinkhorn assignment on the CPU (simt.h), so that a sanitizer can watch them.
 // Arguments: operation, order of the threads of a block (0, 1, 2), dtype of the scores, dtype of the assignments, bytes of
-// shared memory of a block, sizes. stdin: the settings and inputs one after the other; stdout: the results.
+// shared memory of a block, multiprocessors, sizes. stdin: the settings and inputs one after the other; stdout: the results.
 #include <cstring>
 #include <string>
 
@@ -100,8 +100,9 @@ int main(int count, char** arguments) {
   simt::order = static_cast<simt::Order>(std::atoi(arguments[2]));
   const auto dtype = static_cast<DType>(std::atoi(arguments[3])), out = static_cast<DType>(std::atoi(arguments[4]));
   cuda::shared_limit = std::atoll(arguments[5]);
+  cuda::processors = std::atoll(arguments[6]);
   std::vector<int64_t> size;
-  for (int i = 6; i < count; ++i) size.push_back(std::atoll(arguments[i]));
+  for (int i = 7; i < count; ++i) size.push_back(std::atoll(arguments[i]));
   Input in(dtype, size.data());
   if (operation == "mass") column_mass(in, size.data());
   if (operation == "assign") assign(in, size.data(), out);
