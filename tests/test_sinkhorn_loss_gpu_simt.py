@@ -275,9 +275,10 @@ def test_a_score_that_is_not_finite_makes_the_losses_of_its_row_nan(
 
 
 @pytest.mark.parametrize("where", ["scores", "targets"])
-def test_a_row_of_minus_infinity_is_the_reference_s(program: Path, where: str) -> None:
+@pytest.mark.parametrize("values", [[-math.inf], [-math.inf] * 20 + [0.0] * 20, [math.inf, math.nan] * 20])
+def test_rows_of_many_infinities_are_the_reference_s(program: Path, where: str, values: list[float]) -> None:
     problem = draw(2, 2, 3, 40, torch.float32, 0)
-    getattr(problem, where)[1, 2] = -math.inf
+    getattr(problem, where)[1, 2] = torch.tensor(values)
     for got, expected in zip(problem.forward(program), problem.reference(), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
