@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn_ops as reference
-from . import extension, register, sinkhorn_cpu, sinkhorn_cuda
+from . import extension, register, sinkhorn_cpu, sinkhorn_cuda, sinkhorn_loss_cuda
 
 _on_cpu = hasattr(extension, "sinkhorn")
 _on_cuda = hasattr(extension, "sinkhorn_cuda")
+_losses_on_cuda = hasattr(extension, "soft_cross_entropy_cuda")
 
 
 def _fake_potentials(
@@ -135,6 +136,7 @@ register(
     "-> (Tensor losses, Tensor score_normalizers, Tensor target_normalizers)",
     reference=reference.soft_cross_entropy,
     fake=_fake_cross_entropy,
+    cuda=sinkhorn_loss_cuda.soft_cross_entropy if _losses_on_cuda else None,
     setup_context=_save_cross_entropy,
     backward=_cross_entropy_backward,
 )
@@ -144,6 +146,7 @@ register(
     "float target_temperature) -> Tensor",
     reference=reference.soft_cross_entropy_backward,
     fake=lambda gradient, scores, *_: torch.empty_like(scores, memory_format=torch.contiguous_format),
+    cuda=sinkhorn_loss_cuda.soft_cross_entropy_backward if _losses_on_cuda else None,
 )
 
 
@@ -160,6 +163,7 @@ register(
     "sinkhorn_matrix(Tensor m, int n_iters) -> Tensor",
     reference=reference.sinkhorn_matrix,
     fake=lambda m, n_iters: torch.empty_like(m, memory_format=torch.contiguous_format),
+    cuda=sinkhorn_loss_cuda.sinkhorn_matrix if _losses_on_cuda else None,
     setup_context=_save_matrix,
     backward=_matrix_backward,
 )
@@ -167,4 +171,5 @@ register(
     "sinkhorn_matrix_backward(Tensor gradient, Tensor m, int n_iters) -> Tensor",
     reference=reference.sinkhorn_matrix_backward,
     fake=lambda gradient, m, n_iters: torch.empty_like(m, memory_format=torch.contiguous_format),
+    cuda=sinkhorn_loss_cuda.sinkhorn_matrix_backward if _losses_on_cuda else None,
 )
