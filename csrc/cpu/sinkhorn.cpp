@@ -87,10 +87,10 @@ void update(const Target& target, const Space<T>& space, T* potentials, int64_t 
 
 // log_mass by one pass over the rows, by two more where powers were out of range.
 template <class E>
-Found masses(const Problem<E>& problem, const Exponents<typename E::Wide>& z, const Stripes& stripes, bool normalized,
-             const Space<typename E::Wide>& space, int threads) {
+Found masses(const Problem<E>& problem, const Exponents<typename E::Wide>& z, const Stripes& stripes, int64_t pass,
+             bool normalized, const Space<typename E::Wide>& space, int threads) {
   if (!normalized) shift_by_first_rows(problem, z.scale, space, z.padded);
-  parallel_for(stripes.count, threads, [&](int64_t stripe, int thread) {
+  each_stripe(stripes, pass, threads, [&](int64_t stripe, int thread) {
     if (normalized) {
       softmax_stripe(problem, z, stripes, stripe, space, thread);
     } else {
@@ -129,7 +129,7 @@ struct Solver {
     }
     for (int64_t t = 0; t < a.n_iters; ++t) {
       const bool cold = !a.init && t == 0;
-      const Found found = masses(problem, exponents(), stripes, !cold, space, threads);
+      const Found found = masses(problem, exponents(), stripes, t, !cold, space, threads);
       if (found.flawed) return not_finite();
       if (!step(found, cold)) break;
     }
@@ -173,7 +173,7 @@ struct Solver {
 
   Done solve_kept(T* powers) const {
     shift_by_first_rows(problem, exponents().scale, space, padded);
-    parallel_for(stripes.count, threads, [&](int64_t stripe, int thread) {
+    each_stripe(stripes, 0, threads, [&](int64_t stripe, int thread) {
       power_stripe<E, true>(problem, exponents(), stripes, stripe, space, thread, powers);
     });
     Found found = combine(space, stripes, padded, space.shift, problem.weight * kLeastKeptShare, false, threads);
@@ -182,7 +182,7 @@ struct Solver {
     step(found, true);
     for (int64_t t = 1; t < a.n_iters; ++t) {
       if (!rescale()) return Done::nothing;
-      parallel_for(stripes.count, threads, [&](int64_t stripe, int thread) {
+      each_stripe(stripes, t, threads, [&](int64_t stripe, int thread) {
         kept_stripe(kept(powers), problem.least_part, stripes, stripe, space, thread, padded);
       });
       found = combine<T>(space, stripes, padded, nullptr, problem.weight * kLeastKeptShare,
@@ -193,7 +193,7 @@ struct Solver {
     if (!rescale()) return Done::nothing;
     if (a.hard) return Done::potentials;
     std::atomic<bool> fine{true};
-    parallel_for(stripes.count, threads, [&](int64_t stripe, int) {
+    each_stripe(stripes, a.n_iters, threads, [&](int64_t stripe, int) {
       if (!finish_stripe(kept(powers), stripes, stripe)) fine = false;
     });
     return fine ? Done::assignments : Done::nothing;
@@ -265,7 +265,7 @@ void mass_of(const SinkhornMass& a, int64_t p, const Room<typename E::Wide>& roo
   if (problem.weight == 0) return std::fill(result, result + entries, -kInfinity<T>), void();
   const double exponent = a.virtual_column ? potentials[columns] * kLog2E : kNone;
   const Exponents<T> z{static_cast<T>(kLog2E / a.epsilon), space.bias, columns, padded, exponent, std::exp2(exponent)};
-  const Found found = masses(problem, z, room.stripes, a.normalized, space, static_cast<int>(room.threads));
+  const Found found = masses(problem, z, room.stripes, 0, a.normalized, space, static_cast<int>(room.threads));
   if (found.flawed) return std::fill(result, result + entries, std::numeric_limits<T>::quiet_NaN()), void();
   const auto natural = [&](double log_mass, double a_k) {
     return static_cast<T>(kLn2 * (log_mass + problem.exponent) + (a.normalized ? 0 : a_k));

@@ -35,6 +35,15 @@ struct Stripes {
   }
 };
 
+// work(stripe, thread) for all stripes, from the last to the first in every other pass: that starts with the rows which the
+// pass before left in a cache.
+template <class Work>
+void each_stripe(const Stripes& stripes, int64_t pass, int threads, const Work& work) {
+  parallel_for(stripes.count, threads, [&](int64_t i, int thread) {
+    work(pass % 2 == 0 ? i : stripes.count - 1 - i, thread);
+  });
+}
+
 // The rows of one problem that count: those of the batch, then those of the queue.
 template <class E>
 struct Problem {
@@ -237,28 +246,29 @@ Found combine(const Space<T>& space, const Stripes& stripes, int64_t padded, con
   std::atomic<bool> in_range{true};
   parallel_for(divide_up(padded, kChunk), threads, [&](int64_t chunk, int) {
     const int64_t first = chunk * kChunk, end = std::min(padded, first + kChunk);
-    bool fine = true;
+    VecD lowest = VecD::set1(kMostSum), highest = VecD::set1(0);
     for (int64_t k = first; k < end; k += VecD::kWidth) {
       VecD sum = VecD::load(space.partial + k);
       for (int64_t s = 1; s < stripes.count; ++s) sum = sum + VecD::load(space.partial + s * padded + k);
       store(sum, space.mass + k);
       store(sum, space.log_mass + k);
-    }
-    for (int64_t k = first; k < end; ++k) {
-      fine = fine && ((space.mass[k] >= least && space.mass[k] <= kMostSum) || space.never[k] != 0);
+      const VecD never = load_wide(space.never + k);
+      lowest = min(sum - never, lowest), highest = max(sum + never, highest);
     }
     const V tiny = V::set1(static_cast<T>(0x1p-120));
     for (int64_t k = first; k < end; k += V::kWidth) {
-      V log_mass = log2(max(tiny, V::load(space.log_mass + k)));
+      V log_mass = log2(max(V::load(space.log_mass + k), tiny));
       if (shift) log_mass = log_mass + V::load(shift + k);
       store(log_mass, space.log_mass + k);
     }
-    if (!fine) in_range = false;
+    if (-reduce_max(VecD::set1(0) - lowest) < least || reduce_max(highest) > kMostSum) in_range = false;
   });
-  double total = 0, virtual_mass = 0, flaw = 0;
-  for (int64_t k = 0; k < padded; ++k) total += space.mass[k];
+  VecD sum = VecD::set1(0);
+  for (int64_t k = 0; k < padded; k += VecD::kWidth) sum = sum + VecD::load(space.mass + k);
+  double total = reduce_add(sum), virtual_mass = 0, flaw = 0;
   for (int64_t s = 0; s < stripes.count; ++s) virtual_mass += space.virtual_mass[s], flaw += space.flaw[s];
-  if (virtual_counts && !(virtual_mass >= least)) in_range = false;
+  // A mass that is NaN makes their sum so.
+  if (!(total <= std::numeric_limits<double>::max()) || (virtual_counts && !(virtual_mass >= least))) in_range = false;
   return {!(flaw == 0), in_range, std::log2(total + virtual_mass), std::log2(virtual_mass)};
 }
 

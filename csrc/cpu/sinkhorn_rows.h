@@ -115,20 +115,23 @@ void sweep(const typename E::Stored* const (&rows)[kRows], const Exponents<typen
   using T = typename E::Wide;
   using V = Lanes<T>;
   const V scale = V::set1(z.scale), zero = V::set1(0);
+  const T* const biases = z.bias;
+  T* to[kRows];
+  for (int i = 0; i < kRows; ++i) to[i] = e + i * z.padded;
   V flaw[kRows] = {zero, zero, zero, zero};
   for (double& sum : sums) sum = 0;
   for (int64_t first = 0; first < z.columns; first += kChunk) {
     V sum[kRows] = {zero, zero, zero, zero};
     for_lanes<T>(first, std::min(z.columns, first + kChunk), [&](int64_t k, int64_t count, auto last) {
       before(k, count, last);
-      const V bias = V::load(z.bias + k);
+      const V bias = V::load(biases + k);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         const V s = load_scores<E, decltype(last)::value>(rows[i] + k, count);
         const V power = exp2(fma(s, scale, bias));
         flaw[i] = fma(s, zero, flaw[i]);
         sum[i] = sum[i] + power;
-        store(power, e + i * z.padded + k);
+        store(power, to[i] + k);
       }
     });
     for (int i = 0; i < kRows; ++i) sums[i] += reduce_add(sum[i]);
