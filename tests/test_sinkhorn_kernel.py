@@ -47,9 +47,9 @@ class Case(NamedTuple):
 
     @property
     def rounding(self) -> float:
-        """What a few roundings of the largest exponent change."""
+        """What a few roundings of the largest exponents and potentials change."""
         largest = float(self.scores.double().nan_to_num(0, 0, 0).abs().max()) / self.epsilon
-        return (1 + largest) * 8 * torch.finfo(self.wide).eps
+        return (8 + largest) * 4 * torch.finfo(self.wide).eps
 
 
 def scores_of(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
