@@ -54,7 +54,7 @@ def soft_cross_entropy_backward(
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     with torch.cuda.device(scores.device):
         extension.soft_cross_entropy_backward_cuda(
-            view(gradient.to(reference.accumulator(scores.dtype))),
+            view(gradient.detach().to(reference.accumulator(scores.dtype))),
             *_prepare(scores, target_scores, bias),
             view(score_normalizers.contiguous()),
             view(target_normalizers.contiguous()),
@@ -73,7 +73,7 @@ def _prepare(scores: Tensor, target_scores: Tensor, bias: Tensor) -> tuple[objec
     dtype = reference.accumulator(scores.dtype)
     if reference.accumulator(target_scores.dtype) != dtype:
         target_scores = target_scores.to(dtype)
-    return tuple(view(dense_rows(t)) for t in (scores.detach(), target_scores.detach(), bias.to(dtype)))
+    return tuple(view(dense_rows(t.detach())) for t in (scores, target_scores, bias.to(dtype)))
 
 
 def sinkhorn_matrix(m: Tensor, n_iters: int) -> Tensor:
@@ -83,7 +83,7 @@ def sinkhorn_matrix(m: Tensor, n_iters: int) -> Tensor:
 
 def sinkhorn_matrix_backward(gradient: Tensor, m: Tensor, n_iters: int) -> Tensor:
     """``clustops::sinkhorn_matrix_backward``."""
-    return _project(m, gradient.to(m.dtype).contiguous(), n_iters)
+    return _project(m, gradient.detach().to(m.dtype).contiguous(), n_iters)
 
 
 def _project(m: Tensor, gradient: Tensor | None, n_iters: int) -> Tensor:
