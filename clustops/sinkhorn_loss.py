@@ -18,6 +18,7 @@ from .checks import (
     values_are_checked,
 )
 from .distributed import Group, all_reduce_sum, check_group, world_size
+from .native import sinkhorn_loss as _registration  # noqa: F401
 from .sinkhorn_solve import (
     Problems,
     Settings,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_count, check_finite, check_floating, reject, shape_of
-from .native import sinkhorn as _registration  # noqa: F401
+from .native import sinkhorn_matrix as _registration  # noqa: F401
 from .sinkhorn_solve import as_problems
 
 _LARGEST = 32  # rows that a kernel keeps in registers

@@ -291,6 +291,41 @@ void bind_sinkhorn(py::module_& m) {
       release());
 }
 
+void bind_sinkhorn_loss(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  using Indices = std::vector<int64_t>;
+  m.def(
+      "soft_cross_entropy",
+      [](const Tensor& scores, const Tensor& targets, const Tensor& bias, const Indices& view, const Indices& target,
+         double temperature, double target_temperature, const Tensor& losses, const Tensor& score_normalizers,
+         const Tensor& target_normalizers, int threads) {
+        cpu::kernels().soft_cross_entropy(
+            clustops::soft_cross_entropy_arguments(scores, targets, bias, view, target, temperature, target_temperature,
+                                                   losses, score_normalizers, target_normalizers, Device::cpu),
+            threads);
+      },
+      release());
+  m.def(
+      "soft_cross_entropy_backward",
+      [](const Tensor& upstream, const Tensor& scores, const Tensor& targets, const Tensor& bias,
+         const Tensor& score_normalizers, const Tensor& target_normalizers, const Indices& view, const Indices& target,
+         double temperature, double target_temperature, const Tensor& gradient, int threads) {
+        cpu::kernels().soft_cross_entropy_backward(
+            clustops::soft_cross_entropy_backward_arguments(upstream, scores, targets, bias, score_normalizers,
+                                                            target_normalizers, view, target, temperature,
+                                                            target_temperature, gradient, Device::cpu),
+            threads);
+      },
+      release());
+  m.def(
+      "sinkhorn_matrix",
+      [](const Tensor& m, const Maybe& gradient, const Tensor& result, int64_t n_iters, int threads) {
+        cpu::kernels().sinkhorn_matrix(
+            clustops::sinkhorn_matrix_arguments(m, pointer(gradient), result, n_iters, Device::cpu), threads);
+      },
+      release());
+}
+
 #ifdef CLUSTOPS_WITH_CUDA
 void bind_kmeans_assign_cuda(py::module_& m) {
   m.def(
@@ -529,6 +564,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_seeding(m);
   bind_kmeans_iterate(m);
   bind_sinkhorn(m);
+  bind_sinkhorn_loss(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

@@ -9,6 +9,8 @@
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
 #include "../common/sinkhorn.h"
+#include "../common/sinkhorn_loss.h"
+#include "../common/sinkhorn_matrix.h"
 
 namespace clustops::cpu {
 
@@ -33,6 +35,9 @@ struct Kernels {
   void (*sinkhorn_column_mass)(const SinkhornMass& problem, int threads);
   int64_t (*sinkhorn_assign_workspace)(const SinkhornRows& rows, int threads);  // of float64
   void (*sinkhorn_assign)(const SinkhornAssign& problem, int threads);
+  void (*soft_cross_entropy)(const SoftCrossEntropy& problem, int threads);
+  void (*soft_cross_entropy_backward)(const SoftCrossEntropyBackward& problem, int threads);
+  void (*sinkhorn_matrix)(const SinkhornMatrix& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

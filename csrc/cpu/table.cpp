@@ -21,6 +21,9 @@ void sinkhorn_solve(const SinkhornSolve& problem, int threads);
 void sinkhorn_column_mass(const SinkhornMass& problem, int threads);
 int64_t sinkhorn_assign_workspace(const SinkhornRows& rows, int threads);
 void sinkhorn_assign(const SinkhornAssign& problem, int threads);
+void soft_cross_entropy(const SoftCrossEntropy& problem, int threads);
+void soft_cross_entropy_backward(const SoftCrossEntropyBackward& problem, int threads);
+void sinkhorn_matrix(const SinkhornMatrix& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
@@ -44,6 +47,9 @@ const Kernels table = {kmeans_assign_workspace,
                        sinkhorn_column_mass,
                        sinkhorn_assign_workspace,
                        sinkhorn_assign,
+                       soft_cross_entropy,
+                       soft_cross_entropy_backward,
+                       sinkhorn_matrix,
                        measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
