@@ -237,10 +237,11 @@ def test_a_view_with_more_targets_than_one_launch_takes(program: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [30, 1029])
+@pytest.mark.parametrize("before", [0, 1])
 def test_rows_that_are_padded_to_whole_vectors_are_used_as_they_lie(
-    program: Path, dtype: torch.dtype, k: int
+    program: Path, dtype: torch.dtype, k: int, before: int
 ) -> None:
-    problem = draw(2, 2, 3, k, dtype, 0, layout=Layout(behind=-k % 16))
+    problem = draw(2, 2, 3, k, dtype, 0, layout=Layout(before, -k % 16))
     assert_is_the_reference(program, replace(problem, bias=problem.bias[:1].expand(2, k)))
 
 
