@@ -53,6 +53,11 @@ def check_group(group: Group) -> None:
         reject("group", "a ProcessGroup or None", type(group).__name__, "pass dist.group.WORLD", TypeError)
 
 
+def default_group() -> Group:
+    """The group of all ranks; ``None`` where torch.distributed is not initialised."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
 def world_size(group: Group) -> int:
     """Number of ranks in ``group``; 1 for ``None``."""
     return 1 if group is None else dist.get_world_size(group)

@@ -17,7 +17,7 @@ from .checks import (
     shape_of,
     values_are_checked,
 )
-from .distributed import Group, all_reduce_sum, check_group, world_size
+from .distributed import Group, all_reduce_max, all_reduce_sum, check_group, world_size
 from .native import sinkhorn_loss as _registration  # noqa: F401
 from .sinkhorn_solve import (
     Problems,
@@ -118,7 +118,7 @@ def swapped_prediction_loss(
         bias = _bias(potentials, "potentials", assigned)
     pairs = [(v, a) for a, i in enumerate(assign_views) for v in range(scores.shape[0]) if v != i]
     losses = _losses(scores, assigned, bias, pairs, temperature, epsilon)
-    _check_losses(losses, weights, scores=scores)
+    _check_losses(losses, weights, group, scores=scores)
     return _reduce(losses.mean(0), weights, group, reduction)
 
 
@@ -189,7 +189,7 @@ def soft_cross_entropy(
     targets = as_problems(target_scores.detach())
     losses = _losses(as_problems(scores), targets, bias, pairs, temperature, target_temperature)
     losses = losses if pairs else losses.view(scores.shape[:-1])
-    _check_losses(losses, weights, scores=scores, target_scores=target_scores)
+    _check_losses(losses, weights, None, scores=scores, target_scores=target_scores)
     return _reduce(losses, weights, None, reduction)
 
 
@@ -215,12 +215,22 @@ def _losses(
     return losses
 
 
-def _check_losses(losses: Tensor, weights: Tensor | None, **scores: Tensor) -> None:
-    """Raise if scores were not finite: looked for only where a loss is NaN, to spare a pass."""
-    if not values_are_checked(losses) or not bool(losses.detach().isnan().any()):
+def _check_losses(losses: Tensor, weights: Tensor | None, group: Group, **scores: Tensor) -> None:
+    """Raise if scores were not finite: looked for only where a loss is NaN, to spare a pass.
+
+    An error on one rank alone would leave the others waiting for its gradients, so all ranks raise.
+    """
+    if not values_are_checked(losses):
+        return
+    bad = losses.detach().isnan()
+    if weights is not None:
+        bad = bad & (weights > 0)
+    if not bool(all_reduce_max(bad.any().float(), group)):
         return
     for name, given in scores.items():
         check_counted(given, name, weights)
+    if group is not None:
+        reject("scores", "finite on all ranks", "others on another rank", "look at that rank's message")
 
 
 def _reduce(losses: Tensor, weights: Tensor | None, group: Group, reduction: str) -> Tensor:

@@ -20,8 +20,9 @@ from .distributed import Group, all_gather_rows, check_group, rank, world_size
 class FeatureQueue(nn.Module):
     """The last ``size`` embeddings that were pushed, of one view or of several.
 
-    Only rows that were really pushed are ever returned: there is no warm-up with zeros. Follows
-    ``.to(device)``, is part of ``state_dict``, holds no parameters.
+    Only rows that were really pushed are ever returned: there is no warm-up with zeros; ``len(queue)`` is how
+    many there are. Follows ``.to(device)``, is part of ``state_dict``, holds no parameters. A step is: score
+    ``rows()`` (``share()`` over ranks), pass that as ``queue_scores``, ``push`` the step's embeddings.
 
     Args:
         size: most rows to hold, at least 1.
@@ -30,7 +31,8 @@ class FeatureQueue(nn.Module):
             view.
         group: a process group: each push adds the rows of all ranks in rank order, so that all ranks hold the
             same queue, the one that a single process with the joint batch would hold, and any rank's
-            checkpoint serves all.
+            checkpoint serves all. ``None`` is a queue for this process alone: keep it out of a module under
+            DistributedDataParallel, which would overwrite it with rank 0's.
         device, dtype: of the buffer.
 
     >>> queue = FeatureQueue(size=3, dim=2)

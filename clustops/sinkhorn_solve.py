@@ -231,14 +231,15 @@ def solve(
     out: Tensor | None = None,
     hard: bool = False,
     differentiable: bool = False,
-    axes: str = "",
+    axes: str | None = "",
 ) -> Tensor:
     """Potentials ``[P, K]``, with ``mass`` ``[P, K + 1]``; NaN says that scores were not finite.
 
-    ``out [P, B, K]`` receives the assignments. ``axes`` goes into the warning about the batch.
+    ``out [P, B, K]`` receives the assignments. ``axes`` goes into the warning about the batch; ``None`` is
+    for methods that have more prototypes than rows by design.
     """
     ops = torch.ops.clustops
-    if settings.n_iters > 0 and settings.relax is None:
+    if settings.n_iters > 0 and settings.relax is None and axes is not None:
         warn_if_starved(problems.scores.shape[-1], problems.rows, group, axes)
     if group is None and out is not None:
         potentials: Tensor = ops.sinkhorn_(out, *problems, *settings[:-1], hard)

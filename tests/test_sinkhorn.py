@@ -100,17 +100,66 @@ def test_relax_and_mass_converge_to_partial_unbalanced_transport_from_a_cold_sta
     torch.testing.assert_close(result, expected, rtol=1e-13, atol=2e-15)
 
 
+def transport_problem(seed: int, b: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, row weights of sum 1, and a prior of sum 1."""
+    g = generator(seed)
+    weights, prior = (torch.rand(n, generator=g, dtype=double) + 0.1 for n in (b, k))
+    return cosine_scores(seed, b, k), weights / weights.sum(), prior / prior.sum()
+
+
 @given(small_sizes, small_sizes, seeds)
 def test_converges_to_entropic_optimal_transport(b: int, k: int, seed: int) -> None:
-    scores = cosine_scores(seed, b, k)
-    prior = torch.rand(k, generator=generator(seed), dtype=double) + 0.1
-    prior /= prior.sum()
-    result = sinkhorn(scores, epsilon=0.2, n_iters=5000, tol=1e-13, prior=prior)
     ot = pytest.importorskip("ot")
-    plan = ot.sinkhorn(
-        np.full(b, 1 / b), prior.numpy(), -scores.numpy(), 0.2, numItermax=20000, stopThr=1e-13
+    scores, weights, prior = transport_problem(seed, b, k)
+    for w, r in ((None, None), (None, prior), (weights, None), (weights, prior)):
+        result = sinkhorn(scores, epsilon=0.2, n_iters=5000, tol=1e-13, prior=r, weights=w)
+        rows = torch.full((b,), 1 / b, dtype=double) if w is None else w
+        columns = np.full(k, 1 / k) if r is None else r.numpy()
+        plan = ot.sinkhorn(rows.numpy(), columns, -scores.numpy(), 0.2, numItermax=20000, stopThr=1e-13)
+        np.testing.assert_allclose((result * rows[:, None]).numpy(), plan, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.filterwarnings("ignore:If reg_type = entropy:UserWarning")
+@pytest.mark.parametrize("gamma", [0.05, 0.5, 5.0])
+@given(small_sizes, small_sizes, seeds)
+def test_relax_converges_to_unbalanced_optimal_transport(gamma: float, b: int, k: int, seed: int) -> None:
+    ot = pytest.importorskip("ot")
+    scores, weights, prior = transport_problem(seed, b, k)
+    result = sinkhorn(scores, epsilon=0.2, n_iters=5000, tol=1e-14, relax=gamma, prior=prior, weights=weights)
+    plan = ot.unbalanced.sinkhorn_unbalanced(
+        weights.numpy(),
+        prior.numpy(),
+        -scores.numpy(),
+        0.2,
+        (float("inf"), gamma),
+        reg_type="entropy",
+        numItermax=20000,
+        stopThr=1e-14,
     )
-    np.testing.assert_allclose(result.numpy(), plan * b, rtol=1e-8, atol=1e-11)
+    np.testing.assert_allclose((result * weights[:, None]).numpy(), plan, rtol=1e-7, atol=1e-10)
+
+
+@given(small_sizes, small_sizes, st.floats(0.1, 0.9), seeds)
+def test_mass_converges_to_transport_with_a_column_for_what_stays(
+    b: int, k: int, rho: float, seed: int
+) -> None:
+    ot = pytest.importorskip("ot")
+    scores, weights, prior = transport_problem(seed, b, k)
+    result = sinkhorn(scores, epsilon=0.2, n_iters=5000, tol=1e-13, mass=rho, prior=prior, weights=weights)
+    cost = np.pad(-scores.numpy(), ((0, 0), (0, 1)))
+    columns = np.append(rho * prior.numpy(), 1 - rho)
+    plan = ot.sinkhorn(weights.numpy(), columns, cost, 0.2, numItermax=20000, stopThr=1e-13)
+    np.testing.assert_allclose((result * weights[:, None]).numpy(), plan[:, :-1], rtol=1e-8, atol=1e-11)
+
+
+def test_mass_assigns_the_rows_that_exact_partial_transport_assigns() -> None:
+    ot = pytest.importorskip("ot")
+    scores, _, prior = transport_problem(3, 30, 4)
+    exact = ot.partial.partial_wasserstein(np.full(30, 1 / 30), 0.4 * prior.numpy(), -scores.numpy(), m=0.4)
+    result = sinkhorn(scores, epsilon=1e-3, n_iters=20000, tol=1e-9, mass=0.4, prior=prior) / 30
+    best, ours = (float((scores * torch.as_tensor(plan)).sum()) for plan in (exact, result))
+    assert abs(best - ours) < 5e-3 * best
+    np.testing.assert_allclose(result.sum(0).numpy(), exact.sum(0), atol=1e-6)
 
 
 @given(odd_sizes, odd_sizes, st.integers(0, 5), seeds)
@@ -440,13 +489,55 @@ def test_last_step_gradient_is_that_of_the_final_softmax() -> None:
     assert not potentials.requires_grad
 
 
-@pytest.mark.parametrize("settings", [{}, {"relax": 0.4, "mass": 0.6}, {"tol": 1e-3}, {"masked": True}])
-def test_unrolled_gradient_is_exact(settings: dict[str, Any]) -> None:
-    scores = cosine_scores(0, 2, 6, 4).requires_grad_()
+def gradient_settings() -> dict[str, dict[str, Any]]:
     prior = torch.tensor([1.0, 2.0, 1.0, 0.0], dtype=double)
     weights = torch.tensor([1.0, 0.5, 2.0, 0.0, 1.0, 1.0], dtype=double)
-    masked = {"prior": prior, "weights": weights} if settings.get("masked") else settings
-    assert torch.autograd.gradcheck(lambda s: sinkhorn(s, epsilon=0.5, gradient="unrolled", **masked), scores)
+    queue = cosine_scores(1, 2, 5, 4)
+    return {
+        "plain": {},
+        "no update": {"n_iters": 0},
+        "weights": {"weights": weights},
+        "prior": {"prior": prior},
+        "relax": {"relax": 0.4},
+        "mass": {"mass": 0.6},
+        "tol": {"tol": 1e-3, "n_iters": 9},
+        "init": {"init": torch.tensor([0.3, -1.0, 0.0, 2.0])},
+        "queue": {"queue_scores": queue},
+        "all": {
+            "weights": weights,
+            "prior": prior,
+            "relax": 0.4,
+            "mass": 0.6,
+            "tol": 1e-9,
+            "init": torch.tensor([0.3, -1.0, 0.0, 2.0, 0.1]),
+            "queue_scores": queue,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", gradient_settings())
+def test_unrolled_gradient_is_exact(name: str) -> None:
+    scores, settings = cosine_scores(0, 2, 6, 4).requires_grad_(), gradient_settings()[name]
+    assert torch.autograd.gradcheck(
+        lambda s: sinkhorn(s, epsilon=0.5, gradient="unrolled", **settings), scores
+    )
+
+
+@pytest.mark.parametrize("name", gradient_settings())
+def test_last_step_gradient_is_exact_with_constant_potentials(name: str) -> None:
+    scores, settings = cosine_scores(0, 2, 6, 4).requires_grad_(), gradient_settings()[name]
+    result, a = sinkhorn(scores, epsilon=0.5, gradient="last_step", return_potentials=True, **settings)
+
+    def constant(s: Tensor) -> Tensor:
+        q = sinkhorn(s, epsilon=0.5, gradient="last_step", n_iters=0, init=a, mass=settings.get("mass"))
+        assert isinstance(q, Tensor)
+        return q
+
+    torch.testing.assert_close(constant(scores), result)
+    assert torch.autograd.gradcheck(constant, scores)
+    upstream = cosine_scores(2, 2, 6, 4)
+    (ours,), (plain,) = (torch.autograd.grad(q, scores, upstream) for q in (result, constant(scores)))
+    torch.testing.assert_close(ours, plain)
 
 
 def test_dtypes_of_the_result() -> None:

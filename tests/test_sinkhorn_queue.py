@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_message
-from torch import Tensor
+from support import DEVICES, assert_message, generator
+from torch import Tensor, nn
 
+from benchmarks import measure
+from clustops.sinkhorn import sinkhorn, sinkhorn_potentials
+from clustops.sinkhorn_loss import swapped_prediction_loss
 from clustops.sinkhorn_queue import FeatureQueue
 
 
@@ -61,6 +64,23 @@ def test_a_checkpoint_resumes_to_the_same_rows() -> None:
     for q in (queue, resumed, copy.deepcopy(resumed)):
         q.push(numbered(7, 2))
         assert numbers(q.rows()) == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_of_a_model_goes_to_another_device_and_dtype(device: str) -> None:
+    queue = FeatureQueue(5, 2, views=2)
+    pushed = torch.stack([numbered(0, 7), numbered(100, 7)])
+    queue.push(pushed[:, :4])
+    queue.push(pushed[:, 4:])
+    file = io.BytesIO()
+    torch.save(nn.ModuleDict({"queue": queue}).state_dict(), file)
+    file.seek(0)
+    queue = FeatureQueue(5, 2, views=2, device="meta", dtype=torch.bfloat16).to_empty(device=device)
+    model = nn.ModuleDict({"queue": queue})
+    model.load_state_dict(torch.load(file, weights_only=True, map_location=device))
+    assert (queue.buffer.device.type, queue.buffer.dtype, len(queue)) == (device, torch.bfloat16, 5)
+    queue.push(torch.stack([numbered(7, 1), numbered(107, 1)]).to(device))
+    assert numbers(queue.rows()) == [3, 4, 5, 6, 7, 103, 104, 105, 106, 107]
 
 
 def test_a_checkpoint_of_another_size_is_refused() -> None:
@@ -114,3 +134,46 @@ def test_bad_features_are_refused(features: Tensor, error: type[Exception], part
     with pytest.raises(error) as caught:
         FeatureQueue(3, 2).push(features)
     assert_message(caught.value, *parts)
+
+
+# --- in the assignment
+
+
+def test_a_training_loop_with_a_queue_is_one_without_on_the_joint_rows() -> None:
+    g = generator(0)
+    queue, prototypes = FeatureQueue(20, 4, views=2), torch.rand(3, 4, generator=g)
+    seen = torch.empty(2, 0, 4)
+    for _ in range(5):
+        embeddings = torch.rand(2, 6, 4, generator=g)
+        scores = embeddings @ prototypes.T
+        loss = swapped_prediction_loss(scores, queue_scores=queue.rows() @ prototypes.T)
+        joint = torch.cat([scores, seen[:, -20:] @ prototypes.T], dim=1)
+        q = sinkhorn(joint)[:, :6]
+        log_p = torch.log_softmax(scores / 0.1, -1)
+        torch.testing.assert_close(loss, -(q * log_p.flip(0)).sum(-1).mean())
+        queue.push(embeddings)
+        seen = torch.cat([seen, embeddings], dim=1)
+    assert len(queue) == 20
+
+
+NATIVE = torch._C._dispatch_has_kernel_for_dispatch_key("clustops::sinkhorn_potentials", "CPU")
+needs_kernel = pytest.mark.skipif(not NATIVE, reason="the reference joins batch and queue")
+
+
+@needs_kernel
+@pytest.mark.parametrize("shared", [False, True], ids=["a queue for each view", "one queue"])
+def test_batch_and_queue_are_never_joined_in_memory(shared: bool) -> None:
+    v, b, n, k = 2, 256, 16384, 512
+    scores = torch.rand(v, b, k, generator=generator(0))
+    queue = torch.rand(*(() if shared else (v,)), n, k, generator=generator(1))
+    calls = (
+        lambda: sinkhorn(scores, queue_scores=queue),
+        lambda: (sinkhorn_potentials(scores, queue_scores=queue),),
+        lambda: (swapped_prediction_loss(scores, queue_scores=queue),),
+    )
+    for call in calls:
+        call()  # loads the code
+        peak = measure.observe(call, torch.device("cpu")).peak_bytes
+        if peak is None:
+            pytest.skip("needs Linux's peak counter")
+        assert peak < queue.nbytes // 4
