@@ -394,6 +394,25 @@ def test_ranks_may_have_different_numbers_of_patches() -> None:
         assert result["count"] == PATCHES[rank]
 
 
+def alone_and_online_on_a_rank(rank: int, world: int) -> tuple[Tensor, Tensor, Tensor]:
+    scores = cosine_scores(0, 24, 5)[12 * rank : 12 * rank + 12]
+    head = capi.OnlineClustering(5, 5, bias=False, n_sk_iter=3, target_temp=0.07, pred_temp=0.12).double()
+    torch.nn.init.eye_(head.layer.weight)
+    return lightly.sinkhorn(scores, epsilon=0.07), *(t.detach() for t in head(scores))
+
+
+def test_online_clustering_is_over_ranks_and_lightly_is_not_unless_asked() -> None:
+    scores = cosine_scores(0, 24, 5)
+    cosines = F.normalize(scores, dim=-1)
+    joint = scaled_to_marginals(cosines, 0.07, 3)
+    loss = -(joint * torch.log_softmax(cosines / 0.12, -1)).sum(-1).mean()
+    results = run_ranks(2, alone_and_online_on_a_rank)
+    for (alone, assignments, _), part, shared in zip(results, scores.chunk(2), joint.chunk(2), strict=True):
+        torch.testing.assert_close(alone, scaled_to_marginals(part, 0.07, 3))
+        torch.testing.assert_close(assignments, shared)
+    torch.testing.assert_close(torch.stack([result[2] for result in results]).mean(), loss)
+
+
 def lightly_loss_of_a_rank(rank: int, world: int, gather: bool) -> Tensor:
     scores = cosine_scores(0, 3, 24, 5)[:, 12 * rank : 12 * rank + 12]
     queue = list(cosine_scores(1, 2, 8, 5)[:, 4 * rank : 4 * rank + 4])
