@@ -163,7 +163,7 @@ needs_kernel = pytest.mark.skipif(not NATIVE, reason="the reference joins batch 
 @needs_kernel
 @pytest.mark.parametrize("shared", [False, True], ids=["a queue for each view", "one queue"])
 def test_batch_and_queue_are_never_joined_in_memory(shared: bool) -> None:
-    v, b, n, k = 2, 256, 16384, 512
+    v, b, n, k = 2, 64, 16384, 512
     scores = torch.rand(v, b, k, generator=generator(0))
     queue = torch.rand(*(() if shared else (v,)), n, k, generator=generator(1))
     calls = (
