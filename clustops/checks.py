@@ -118,7 +118,7 @@ def check_positive(value: float, name: str, cure: str) -> None:
 
 def check_count(value: int, name: str, least: int, cure: str) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, bool) or not (isinstance(value, int) or hasattr(value, "__index__")):
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
         reject(name, f"an integer of at least {least}", repr(value), cure, TypeError)
     if value < least:
         reject(name, f"at least {least}", value, cure)
