@@ -443,6 +443,18 @@ def test_the_module_compiles_for_any_size_temperature_and_number_of_patches() ->
         torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
 
 
+def compiled_on_a_rank(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    torch._dynamo.reset()
+    teacher, count = shims.SinkhornKnoppTeacher(), torch.tensor([PATCHES[rank]])
+    compiled = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    return compiled(patches_of(rank), 0.07, count), teacher(patches_of(rank), 0.07, count)
+
+
+def test_the_compiled_module_shares_an_assignment_over_ranks() -> None:
+    for compiled, expected in run_ranks(2, compiled_on_a_rank):
+        torch.testing.assert_close(compiled, expected)
+
+
 # --- errors
 
 S = torch.eye(6, 4)
