@@ -375,6 +375,15 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(
         assert_bits(first, other)
 
 
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize("processors", [4, 7])
+def test_groups_of_blocks_solve_problem_after_problem(program: Path, processors: int, order: int) -> None:
+    rows = Rows(cosines(6, 70, 63, torch.float32, 0))  # a problem takes two blocks
+    found = solve(program, rows, Settings(tol=0.05), Machine(order, 12 << 10, processors))
+    for one, right in zip(found, oracle(rows, Settings(tol=0.05)), strict=True):
+        assert_equal(one, right, torch.float32)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 @pytest.mark.parametrize("shared", PATHS, ids=["streaming", "resident"])
 def test_assignments_of_a_solution_are_those_of_its_potentials(

@@ -172,6 +172,12 @@ __global__ void __launch_bounds__(kThreads) assign_rows(SinkhornAssign a, int al
   }
 }
 
+// Columns are counted in 32 bits.
+int64_t columns_of(const SinkhornRows& rows, bool virtual_column) {
+  if (rows.columns >= 1 << 30) throw std::invalid_argument("scores must have fewer than 2^30 columns");
+  return rows.columns + virtual_column;
+}
+
 template <class T>
 Pass<T> pass_of(const SinkhornRows& rows, int64_t all, void* workspace, double epsilon) {
   using A = Accumulator<T>;
@@ -240,7 +246,7 @@ void solve(const SinkhornSolve& a, int64_t all, void* stream) {
 template <class T, class Out>
 void run_assign(const SinkhornAssign& a, void* stream) {
   using A = Accumulator<T>;
-  const int64_t all = a.rows.columns + a.virtual_column, bytes = static_cast<int64_t>(sizeof(A)) * all;
+  const int64_t all = columns_of(a.rows, a.virtual_column), bytes = static_cast<int64_t>(sizeof(A)) * all;
   const bool shared = bytes <= kSmallShared;
   const Chunks chunks = chunks_of(a.rows.problems, a.rows.rows);
   launch(assign_rows<T, Out>, grid_for(a.rows.problems * chunks.count), kThreads,
@@ -253,16 +259,16 @@ int64_t in_words(int64_t elements, DType dtype) { return dtype == DType::f64 ? e
 }  // namespace
 
 int64_t sinkhorn_mass_workspace(const SinkhornRows& rows, bool virtual_column) {
-  return in_words(PassWorkspace(rows, rows.columns + virtual_column).elements, rows.dtype);
+  return in_words(PassWorkspace(rows, columns_of(rows, virtual_column)).elements, rows.dtype);
 }
 
 int64_t sinkhorn_solve_workspace(const SinkhornRows& rows, bool virtual_column) {
-  const int64_t all = rows.columns + virtual_column, resident = resident_workspace(rows, all);
+  const int64_t resident = resident_workspace(rows, columns_of(rows, virtual_column));
   return resident > 0 ? resident : sinkhorn_mass_workspace(rows, virtual_column);
 }
 
 void sinkhorn_column_mass(const SinkhornMass& a, void* stream) {
-  const int64_t all = a.rows.columns + a.virtual_column;
+  const int64_t all = columns_of(a.rows, a.virtual_column);
   with_element(a.rows.dtype, [&](auto x) {
     using T = decltype(x);
     using A = Accumulator<T>;
@@ -286,7 +292,7 @@ void sinkhorn_assign(const SinkhornAssign& a, void* stream) {
 
 void sinkhorn_solve(const SinkhornSolve& a, void* stream) {
   const bool virtual_column = a.mass >= 0;
-  const int64_t all = a.rows.columns + virtual_column;
+  const int64_t all = columns_of(a.rows, virtual_column);
   if (resident_workspace(a.rows, all) > 0) return resident_solve(a, stream);
   with_element(a.rows.dtype, [&](auto x) { solve<decltype(x)>(a, all, stream); });
   if (!a.assignments) return;
