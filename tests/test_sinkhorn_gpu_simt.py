@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt import DTYPES, Results, build, needs_compiler
@@ -70,7 +71,7 @@ def run(
     queued, one_queue = (0, False) if queue is None else (queue.shape[1], len(queue) != p)
     sizes = [p, b, queued, k, rows.padding, virtual, rows.weights is not None, one_queue, *flags]
     arguments = [machine.order, DTYPES[rows.scores.dtype], DTYPES[out], *machine[1:], *map(int, sizes)]
-    padded = [None if t is None else torch.nn.functional.pad(t, (0, rows.padding)) for t in rows[:2]]
+    padded = [None if t is None else F.pad(t, (0, rows.padding), value=torch.nan) for t in rows[:2]]
     given = torch.tensor([*numbers, *[0.0] * 8][:8], dtype=torch.float64)
     tensors = [t for t in (given, *padded, rows.weights, *inputs) if t is not None]
     return Results(program, [operation, *arguments], *tensors)

@@ -158,11 +158,15 @@ inline bool run_block(Block& block, std::mt19937& random) {
   std::vector<unsigned> turn(threads);
   for (unsigned t = 0; t < threads; ++t) turn[t] = order == Order::reverse ? threads - 1 - t : t;
   release(0, threads, Wait::poll, false);
+  unsigned behind = 0, rounds = 0;
   for (;;) {
     if (order == Order::shuffled) std::shuffle(turn.begin(), turn.end(), random);
-    // Some warps fall behind, as they do on a GPU.
-    const unsigned behind = order == Order::shuffled ? static_cast<unsigned>(random()) : 0;
-    bool late = false;
+    // Some warps fall behind, as they do on a GPU, now and then for long.
+    if (order == Order::shuffled && rounds-- == 0) {
+      behind = static_cast<unsigned>(random());
+      rounds = random() % 8 ? 0 : static_cast<unsigned>(random() % 64);
+    }
+    bool late = false, ran = false;
     for (unsigned t : turn) {
       if (all[t].waits != Wait::none) continue;
       if (behind >> t / kWarp & 1) {
@@ -171,7 +175,9 @@ inline bool run_block(Block& block, std::mt19937& random) {
       }
       running = threadIdx.x = t;
       enter_fiber(all[t]);
+      ran = true;
     }
+    if (!ran) rounds = 0;
     bool more = late;
     for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
     if (more || release(0, threads, Wait::block)) continue;
