@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
+#include <new>
 #include <optional>
 
 #include "common/kmeans.h"
@@ -230,62 +232,69 @@ void bind_kmeans_seeding(py::module_& m) {
       release());
 }
 
-// Sizes of workspaces for scores and a queue, or 0 where those are no rows: the checks that follow say so.
-int64_t sinkhorn_workspace(const Tensor& scores, const Maybe& queue, int threads) {
-  if (scores.dims != 3 || (queue && queue->dims != 3)) return 0;
+// Rows as far as they say how large a workspace is; where those are none, the checks that follow say so.
+clustops::SinkhornRows shapes_of(const Tensor& scores, const Tensor* queue) {
   clustops::SinkhornRows rows{};
+  if (scores.dims != 3 || (queue && queue->dims != 3)) return rows;
   rows.problems = scores.shape[0], rows.rows = scores.shape[1], rows.columns = scores.shape[2];
   rows.queued = queue ? queue->shape[1] : 0, rows.dtype = scores.dtype;
-  return cpu::kernels().sinkhorn_workspace(rows, threads);
+  return rows;
 }
 
-int64_t sinkhorn_assign_workspace(const Tensor& scores, int threads) {
-  if (scores.dims != 3) return 0;
-  clustops::SinkhornRows rows{};
-  rows.problems = scores.shape[0], rows.rows = scores.shape[1], rows.columns = scores.shape[2];
-  rows.dtype = scores.dtype;
-  return cpu::kernels().sinkhorn_assign_workspace(rows, threads);
-}
+// A workspace for the time of a call: here rather than in Python, where it costs as much as a small problem.
+struct Room {
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(double* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<double, Free> numbers;
+  Tensor view;
+
+  explicit Room(int64_t size) : numbers(static_cast<double*>(::operator new(size * sizeof(double), kLine))) {
+    view.data = numbers.get(), view.dtype = clustops::DType::f64;
+    view.dims = 1, view.shape[0] = size, view.strides[0] = 1;
+  }
+  int64_t size() const { return view.shape[0]; }
+};
 
 void bind_sinkhorn(py::module_& m) {
   using release = py::call_guard<py::gil_scoped_release>;
-  m.def("sinkhorn_workspace", &sinkhorn_workspace, "float64 numbers");
-  m.def("sinkhorn_assign_workspace", &sinkhorn_assign_workspace, "float64 numbers");
   m.def(
       "sinkhorn",
       [](const Tensor& potentials, const Maybe& assignments, const Tensor& scores, const Maybe& queue,
-         const Maybe& prior, const Maybe& weights, const Maybe& init, const Tensor& workspace, double epsilon,
-         int64_t n_iters, std::optional<double> relax, std::optional<double> mass, std::optional<double> tol, bool hard,
-         int threads) {
+         const Maybe& prior, const Maybe& weights, const Maybe& init, double epsilon, int64_t n_iters,
+         std::optional<double> relax, std::optional<double> mass, std::optional<double> tol, bool hard, int threads) {
         threads = threads < 1 ? 1 : threads;
+        const Room room(cpu::kernels().sinkhorn_workspace(shapes_of(scores, pointer(queue)), threads));
         const clustops::SinkhornSettings settings{epsilon, n_iters, relax, mass, tol, std::nullopt, hard};
         cpu::kernels().sinkhorn_solve(
             clustops::sinkhorn_solve_arguments(scores, pointer(queue), pointer(prior), pointer(weights), pointer(init),
-                                               potentials, pointer(assignments), workspace,
-                                               sinkhorn_workspace(scores, queue, threads), settings, Device::cpu),
+                                               potentials, pointer(assignments), room.view, room.size(), settings,
+                                               Device::cpu),
             threads);
       },
       release());
   m.def(
       "sinkhorn_column_mass",
       [](const Tensor& log_mass, const Tensor& scores, const Maybe& queue, const Maybe& weights,
-         const Tensor& potentials, const Tensor& workspace, double epsilon, bool normalized, int threads) {
+         const Tensor& potentials, double epsilon, bool normalized, int threads) {
         threads = threads < 1 ? 1 : threads;
+        const Room room(cpu::kernels().sinkhorn_workspace(shapes_of(scores, pointer(queue)), threads));
         cpu::kernels().sinkhorn_column_mass(
-            clustops::sinkhorn_mass_arguments(scores, pointer(queue), pointer(weights), potentials, log_mass, workspace,
-                                              sinkhorn_workspace(scores, queue, threads), epsilon, normalized,
-                                              Device::cpu),
+            clustops::sinkhorn_mass_arguments(scores, pointer(queue), pointer(weights), potentials, log_mass, room.view,
+                                              room.size(), epsilon, normalized, Device::cpu),
             threads);
       },
       release());
   m.def(
       "sinkhorn_assign",
-      [](const Tensor& assignments, const Tensor& scores, const Tensor& potentials, const Tensor& workspace,
-         double epsilon, bool hard, int threads) {
+      [](const Tensor& assignments, const Tensor& scores, const Tensor& potentials, double epsilon, bool hard,
+         int threads) {
         threads = threads < 1 ? 1 : threads;
+        const Room room(cpu::kernels().sinkhorn_assign_workspace(shapes_of(scores, nullptr), threads));
         cpu::kernels().sinkhorn_assign(
-            clustops::sinkhorn_assign_arguments(scores, potentials, assignments, workspace,
-                                                sinkhorn_assign_workspace(scores, threads), epsilon, hard, Device::cpu),
+            clustops::sinkhorn_assign_arguments(scores, potentials, assignments, room.view, room.size(), epsilon, hard,
+                                                Device::cpu),
             threads);
       },
       release());

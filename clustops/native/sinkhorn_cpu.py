@@ -1,4 +1,4 @@
-"""Sinkhorn assignment on a CPU: results and workspace, calls of kernels."""
+"""Sinkhorn assignment on a CPU: results, calls of kernels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def _solve(
     potentials = scores.new_empty((scores.shape[0], scores.shape[2] + (mass is not None)), dtype=dtype)
     weights = None if weights is None else weights.to(dtype)
     rows, queued, weighed = _rows(scores, queue, weights)
-    workspace = torch.empty(extension.sinkhorn_workspace(rows, queued, threads), dtype=torch.float64)
     extension.sinkhorn(
         view(potentials),
         None if out is None else view(out),
@@ -45,7 +44,6 @@ def _solve(
         _row(prior, dtype),
         weighed,
         _row(init, dtype),
-        view(workspace),
         *settings,
         threads,
     )
@@ -105,8 +103,7 @@ def column_mass(
     result = torch.empty_like(potentials)
     weights = None if weights is None else weights.to(dtype)
     rows, queued, weighed = _rows(scores, queue, weights)
-    workspace = torch.empty(extension.sinkhorn_workspace(rows, queued, threads), dtype=torch.float64)
-    given = (view(result), rows, queued, weighed, view(potentials), view(workspace))
+    given = (view(result), rows, queued, weighed, view(potentials))
     extension.sinkhorn_column_mass(*given, epsilon, normalized, threads)
     return result
 
@@ -115,8 +112,7 @@ def assign_(out: Tensor, scores: Tensor, potentials: Tensor, epsilon: float, har
     """``clustops::assign_from_potentials_``."""
     written, threads = out.contiguous(), torch.get_num_threads()
     rows, potentials = view(dense_rows(scores)), potentials.to(accumulator(scores.dtype)).contiguous()
-    workspace = torch.empty(extension.sinkhorn_assign_workspace(rows, threads), dtype=torch.float64)
-    given = (view(written), rows, view(potentials), view(workspace))
+    given = (view(written), rows, view(potentials))
     extension.sinkhorn_assign(*given, epsilon, hard, threads)
     if written is not out:
         out.copy_(written)

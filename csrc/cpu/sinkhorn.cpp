@@ -9,8 +9,8 @@
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
-// Up to so many bytes the powers of a matrix stay in a cache of one core.
-constexpr int64_t kKeptBytes = 4 << 20;
+// Up to so many bytes powers are kept: reading them again from a cache costs less than computing them again.
+constexpr int64_t kKeptBytes = 64 << 20;
 // With scales in this range, and masses above this share, nothing that matters was lost from kept powers.
 constexpr double kLeastScale = 0x1p-80, kMostScale = 0x1p16, kLeastKeptShare = 0x1p-44;
 

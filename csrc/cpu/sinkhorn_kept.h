@@ -1,4 +1,4 @@
-// Sinkhorn where the matrix of powers stays in a cache: they are computed once, a later pass multiplies and adds.
+// Sinkhorn with the powers kept where the plan goes: they are computed once, a later pass multiplies and adds.
 #pragma once
 
 #include "sinkhorn_mass.h"
@@ -99,7 +99,7 @@ bool finish_stripe(const Kept<T>& kept, const Stripes& stripes, int64_t stripe) 
     }
   };
   for (int64_t r = first; r < end; r += kRows) {
-    // The rows that stand in at the end are scaled once: a block of less than four goes one by one.
+    // A row that stands in must not be scaled twice: the rows of an incomplete block go one by one.
     const int64_t n = std::min<int64_t>(kRows, end - r);
     kept.at(r, end, rows);
     if (r == first) {
