@@ -336,17 +336,17 @@ __device__ bool solve(const SinkhornMatrix& a, const Stage& where, int64_t begin
   const int64_t from = !kBackward ? a.n_iters : a.n_iters > kKept ? a.n_iters - kKept : 0;
   matrix.forward(from, a.n_iters, kept, Place::kSlot, through, u);
   if (!kLog && __syncthreads_or(matrix.smallest < kSmallest)) return false;
-  __syncthreads();
   if constexpr (kBackward) {
+    __syncthreads();
     where.template each<n>(count, [&](int i, int place) {
       read_number(a.gradient, a.dtype, begin * where.size * where.size + i, stage[place]);
     });
     __syncthreads();
     matrix.backward(m, where.pitch, from, a.n_iters, kept, Place::kSlot, through, u, result);
-    __syncthreads();
   } else {
     matrix.result(u, kept, result);
   }
+  // The lanes of this warp, and no others, have read this matrix, and passed a barrier since.
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -376,8 +376,8 @@ __global__ void __launch_bounds__(kThreads) project(SinkhornMatrix a) {
     }
     if (!done) solve<Real, n, kLanes, kBackward, true>(a, where, begin, count, stage);
     __syncthreads();
+    // A thread will read the next element into the place from which it writes this one.
     where.template each<n>(count, [&](int i, int place) { write_number(a.result, a.dtype, first + i, stage[place]); });
-    __syncthreads();
   }
 }
 
