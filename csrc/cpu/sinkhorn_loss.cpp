@@ -119,18 +119,35 @@ auto value_of(const S* p) {
   return value;
 }
 
-// log2 of the numerators of softmax(t / temperature + bias).
+// 1 / temperature in two parts: with one alone, quotients in the thousands would be off by its rounding times as much.
+template <class T>
+struct Reciprocal {
+  T high, low;
+
+  explicit Reciprocal(double x)
+      : high(static_cast<T>(1 / x)), low(static_cast<T>(1 / x - static_cast<double>(high))) {}
+};
+
+template <class T>
+Vector<T> power_of(Vector<T> exponent) {
+  return exp2(exponent * Vector<T>::set1(static_cast<T>(kLog2E)));
+}
+
+// The logarithms of the numerators of softmax(t / temperature + bias).
 template <class S, class T>
 struct TargetRow {
   const S* t;
   const T* bias;
   int64_t columns;
-  T scale;  // log2(e) / temperature
+  Reciprocal<T> scale;
 
+  // A bias often cancels most of the quotient: what its rounding cut off is added again.
   template <class Lanes>
   Vector<T> exponents(int64_t k, const Lanes& lanes) const {
     using V = Vector<T>;
-    return fma(lanes.read_from(bias + k), V::set1(static_cast<T>(kLog2E)), lanes.read_from(t + k) * V::set1(scale));
+    const V x = lanes.read_from(t + k), high = V::set1(scale.high), quotient = x * high;
+    const V cut_off = fma(x, V::set1(scale.low), fma(x, high, zero<V>() - quotient));
+    return quotient + lanes.read_from(bias + k) + cut_off;
   }
   // The largest one in columns [0, end).
   T largest(int64_t end) const {
@@ -166,7 +183,7 @@ int64_t position_of(const T* e, T most, int64_t columns) {
   return k < columns ? k : 0;
 }
 
-// e_k = 2^(exponent - shift).
+// e_k = exp(exponent - shift).
 template <class S, class T>
 Softmax<T> exponentials(const TargetRow<S, T>& row, T shift, T* e, const char* next) {
   using V = Vector<T>;
@@ -176,7 +193,7 @@ Softmax<T> exponentials(const TargetRow<S, T>& row, T shift, T* e, const char* n
     Chains<T> sums;
     over_columns<T>(first, std::min(first + kBlock, row.columns), [&](int64_t k, auto lanes, int chain) {
       __builtin_prefetch(next + k * static_cast<int64_t>(sizeof(S)), 0, 2);
-      const V power = lanes.keep(exp2(row.exponents(k, lanes) - V::set1(shift)), 0);
+      const V power = lanes.keep(power_of<T>(row.exponents(k, lanes) - V::set1(shift)), 0);
       store(power, e + k);
       sums.part[chain] = sums.part[chain] + power;
       most = max(most, power);
@@ -185,7 +202,7 @@ Softmax<T> exponentials(const TargetRow<S, T>& row, T shift, T* e, const char* n
     sum += sums.total();
   }
   return {e, sum, reduce_add(poison), position_of(e, reduce_max(most), row.columns),
-          std::log(sum) + static_cast<double>(shift) * kLn2};
+          std::log(sum) + static_cast<double>(shift)};
 }
 
 template <class S, class T>
@@ -269,30 +286,34 @@ struct Rows {
   }
 };
 
+// One target's share of a gradient.
+template <class T>
+struct Share {
+  const T* q;
+  T weight;
+};
+
 // Room for a thread: a row for each target of a group and one more, each of whole cache lines.
 template <class T>
-class Scratch {
- public:
-  Scratch(int64_t targets, int64_t columns)
-      : stride_((columns + kNumbers - 1) / kNumbers), lines_((targets + 1) * stride_), softmaxes(targets) {}
-  T* row(int64_t i) { return lines_[i * stride_].number; }
-
- private:
+struct Scratch {
   static constexpr int64_t kNumbers = 64 / sizeof(T);
   struct alignas(64) Line {
     T number[kNumbers];
   };
-  int64_t stride_;
-  std::vector<Line> lines_;
-
- public:
+  int64_t stride;
+  std::vector<Line> lines;
   std::vector<Softmax<T>> softmaxes;  // e is null where it is not known
+  std::vector<Share<T>> shares;
+
+  Scratch(int64_t targets, int64_t columns)
+      : stride((columns + kNumbers - 1) / kNumbers), lines((targets + 1) * stride), softmaxes(targets) {}
+  T* row(int64_t i) { return lines[i * stride].number; }
 };
 
 // One row of scores: its normaliser and its losses. The first sweep takes the exponentials and two targets.
 template <class S, class T>
 bool losses_with(const SoftCrossEntropy& a, const S* s, T shift, int64_t v, int64_t b, const Pairs& pairs,
-                 const Softmax<T>* softmaxes, const char* next) {
+                 const Softmax<T>* softmaxes, int64_t first_target, const char* next) {
   const T scale = static_cast<T>(kLog2E / a.temperature);
   double log_sum = 0;
   bool finite = true;
@@ -301,7 +322,7 @@ bool losses_with(const SoftCrossEntropy& a, const S* s, T shift, int64_t v, int6
   for (bool is_first = true; is_first || pair < end; is_first = false) {
     const int count = static_cast<int>(std::min<int64_t>(kTogether, end - pair));
     const Softmax<T>* targets[kTogether] = {};
-    for (int i = 0; i < count; ++i) targets[i] = softmaxes + pair[i].target;
+    for (int i = 0; i < count; ++i) targets[i] = softmaxes + (pair[i].target - first_target);
     const auto with_sum = count == 2 ? sweep<2, true, S, T> : count == 1 ? sweep<1, true, S, T> : sweep<0, true, S, T>;
     const auto without = count == 2 ? sweep<2, false, S, T> : sweep<1, false, S, T>;
     const Swept found = (is_first ? with_sum : without)(s, a.columns, shift, scale, targets, next);
@@ -324,7 +345,7 @@ bool losses_with(const SoftCrossEntropy& a, const S* s, T shift, int64_t v, int6
 template <class T>
 void losses_of_row(const SoftCrossEntropy& a, const Pairs& pairs, const Group& group, int64_t b, Scratch<T>& scratch) {
   const Rows rows{a};
-  const T target_scale = static_cast<T>(kLog2E / a.target_temperature);
+  const Reciprocal<T> target_scale(a.target_temperature);
   for (int64_t i = 0; i < group.targets; ++i) {
     const int64_t t = group.first + i;
     const T* bias = static_cast<const T*>(a.bias) + t * a.bias_stride;
@@ -335,42 +356,38 @@ void losses_of_row(const SoftCrossEntropy& a, const Pairs& pairs, const Group& g
     });
     static_cast<T*>(a.target_normalizers)[t * a.rows + b] = static_cast<T>(scratch.softmaxes[i].log_normalizer);
   }
-  const Softmax<T>* softmaxes = scratch.softmaxes.data() - group.first;
+  const Softmax<T>* softmaxes = scratch.softmaxes.data();
   for (int64_t v = group.first; v < group.first + group.views; ++v) {
     with_elements<T>(a.dtype, rows.score(v, b), [&](auto* s) {
       using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
       const char* next = rows.after_score(group, v, b);
-      const int64_t near = pairs.begin(v) < pairs.end(v) ? softmaxes[pairs.begin(v)->target].peak : 0;
-      if (losses_with<S, T>(a, s, value_of(s + near), v, b, pairs, softmaxes, next)) return;
-      losses_with<S, T>(a, s, largest<S, T>(s, a.columns), v, b, pairs, softmaxes, next);
+      const Pairs::Pair* pair = pairs.begin(v);
+      const int64_t near = pair < pairs.end(v) ? softmaxes[pair->target - group.first].peak : 0;
+      if (losses_with<S, T>(a, s, value_of(s + near), v, b, pairs, softmaxes, group.first, next)) return;
+      losses_with<S, T>(a, s, largest<S, T>(s, a.columns), v, b, pairs, softmaxes, group.first, next);
     });
   }
 }
 
-// q of a target, given its normaliser.
+// q of a target.
 template <class S, class T>
 void probabilities(const TargetRow<S, T>& row, T normalizer, T* q) {
-  const Vector<T> shift = Vector<T>::set1(static_cast<T>(normalizer * kLog2E));
+  using V = Vector<T>;
   over_columns<T>(0, row.columns, [&](int64_t k, auto lanes, int) {
-    store(exp2(row.exponents(k, lanes) - shift), q + k);
+    store(power_of<T>(row.exponents(k, lanes) - V::set1(normalizer)), q + k);
   });
 }
 
-// One target's share of a gradient.
-template <class T>
-struct Share {
-  const T* q;
-  T weight;
-};
-
 template <int kTargets, class S, class T>
-void write_gradient(const S* s, int64_t columns, T scale, T normalizer, T total, const Share<T>* shares, S* out,
-                    const char* next) {
+void write_gradient(const S* s, int64_t columns, Reciprocal<T> scale, T normalizer, T total, const Share<T>* shares,
+                    S* out, const char* next) {
   using V = Vector<T>;
-  const V shift = V::set1(static_cast<T>(normalizer * -kLog2E));
   over_columns<T>(0, columns, [&](int64_t k, auto lanes, int) {
     __builtin_prefetch(next + k * static_cast<int64_t>(sizeof(S)), 0, 2);
-    V g = exp2(fma(lanes.read_from(s + k), V::set1(scale), shift)) * V::set1(total);
+    const V x = lanes.read_from(s + k);
+    // Rounded as the normaliser was: of a sure prediction nothing is left but 1.
+    const V exponent = fma(x, V::set1(scale.high), x * V::set1(scale.low));
+    V g = power_of<T>(exponent - V::set1(normalizer)) * V::set1(total);
     for (int i = 0; i < kTargets; ++i) g = g - V::load(shares[i].q + k) * V::set1(shares[i].weight);
     lanes.write_to(g, out + k);
   });
@@ -386,10 +403,11 @@ void add_up(const std::vector<Share<T>>& shares, int64_t columns, T* sum) {
 
 template <class T>
 void gradient_of_row(const SoftCrossEntropyBackward& problem, const Pairs& pairs, const Group& group, int64_t b,
-                     Scratch<T>& scratch, std::vector<Share<T>>& shares) {
+                     Scratch<T>& scratch) {
+  std::vector<Share<T>>& shares = scratch.shares;
   const SoftCrossEntropy& a = problem.forward;
   const Rows rows{a};
-  const T target_scale = static_cast<T>(kLog2E / a.target_temperature);
+  const Reciprocal<T> target_scale(a.target_temperature);
   for (Softmax<T>& softmax : scratch.softmaxes) softmax.e = nullptr;
   const auto target = [&](int64_t t) {
     Softmax<T>& softmax = scratch.softmaxes[t - group.first];
@@ -427,7 +445,7 @@ void gradient_of_row(const SoftCrossEntropyBackward& problem, const Pairs& pairs
       }
       const T normalizer = static_cast<const T*>(a.score_normalizers)[v * a.rows + b];
       const auto write = shares.size() == 2 ? write_gradient<2, S, T> : write_gradient<1, S, T>;
-      write(s, a.columns, static_cast<T>(kLog2E / a.temperature), normalizer, static_cast<T>(total), shares.data(), out,
+      write(s, a.columns, Reciprocal<T>(a.temperature), normalizer, static_cast<T>(total), shares.data(), out,
             rows.after_score(group, v, b));
     });
   }
@@ -467,9 +485,8 @@ template <class T>
 void backward(const SoftCrossEntropyBackward& a, int threads) {
   const Pairs pairs(a.forward);
   std::vector<Scratch<T>> scratch = scratch_for<T>(a.forward, threads);
-  std::vector<std::vector<Share<T>>> shares(threads);
   over_rows(a.forward, threads, [&](const Group& group, int64_t b, int thread) {
-    gradient_of_row(a, pairs, group, b, scratch[thread], shares[thread]);
+    gradient_of_row(a, pairs, group, b, scratch[thread]);
   });
 }
 
