@@ -24,7 +24,7 @@ struct GridBarrier {
         atomicAdd(counter, 1u);
         unsigned seen;
         do {
-          asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+          asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         } while (static_cast<int>(seen - due) < 0);
         __threadfence();
 #endif

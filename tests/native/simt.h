@@ -180,7 +180,10 @@ inline bool run_block(Block& block, std::mt19937& random) {
     if (!ran) rounds = 0;
     bool more = late;
     for (unsigned t = 0; t < threads; t += kWarp) more |= release(t, std::min(t + kWarp, threads), Wait::warp);
-    if (more || release(0, threads, Wait::block)) continue;
+    if (more || release(0, threads, Wait::block)) {
+      release(0, threads, Wait::poll, false);
+      continue;
+    }
     const auto is = [](Wait wait) { return [wait](const Fiber& fiber) { return fiber.waits == wait; }; };
     if (std::any_of(all.begin(), all.end(), is(Wait::poll))) return false;
     if (std::all_of(all.begin(), all.end(), is(Wait::ended))) return true;
