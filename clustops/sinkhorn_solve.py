@@ -258,7 +258,7 @@ def check_solved(potentials: Tensor, problems: Problems, group: Group) -> None:
     if not values_are_checked(potentials):
         return
     # One NaN makes the sum NaN, which is quicker to find than the NaN itself.
-    if not math.isnan(float(potentials.sum())) or not bool(potentials.isnan().any()):
+    if not math.isnan(potentials.sum().item()) or not bool(potentials.isnan().any()):
         return
     check_counted(problems.scores, "scores", problems.weights)
     if (queue := problems.queue) is not None:
