@@ -11,6 +11,9 @@
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
+template <class T>
+using Vector = typename VecFor<T>::type;
+
 struct Bf16 {
   uint16_t bits;
 };

@@ -15,6 +15,9 @@
 #include "../common/parallel.h"
 #include "element.h"
 
+// What a sweep does with a vector stays in its loop: as a function of its own it takes three times as long.
+#define CLUSTOPS_INLINE __attribute__((always_inline))
+
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
@@ -25,9 +28,6 @@ constexpr int64_t kBlock = 4096;
 constexpr int64_t kUnit = 1 << 15;
 // Targets of one sweep.
 constexpr int kTogether = 2;
-
-template <class T>
-using Vector = typename VecFor<T>::type;
 
 // A sum above this may have overflowed or be about to.
 template <class T>
@@ -46,8 +46,28 @@ struct All {
   void write_to(V x, S* p) const {
     write(x, p);
   }
-  V keep(V x, T) const { return x; }
+  V or_zero(V x) const { return x; }
+  V or_least(V x) const { return x; }
 };
+
+template <class T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// What numbers are cut to: infinity in the first lanes, then another bound.
+template <class T>
+struct Cut {
+  static constexpr int kWidth = Vector<T>::kWidth;
+  T lanes[2 * kWidth] = {};
+
+  constexpr explicit Cut(T other) {
+    for (int i = 0; i < 2 * kWidth; ++i) lanes[i] = i < kWidth ? kInfinity<T> : other;
+  }
+  Vector<T> after(int64_t count) const { return Vector<T>::load(lanes + kWidth - count); }
+};
+template <class T>
+constexpr Cut<T> kCutToZero(0);
+template <class T>
+constexpr Cut<T> kCutToLeast(-kInfinity<T>);
 
 // The columns that are left for the last one.
 template <class T>
@@ -63,18 +83,14 @@ struct First {
   void write_to(V x, S* p) const {
     write_first(x, p, count);
   }
-  // Another number in the lanes beyond the end.
-  V keep(V x, T other) const {
-    T lanes[V::kWidth];
-    std::fill_n(lanes, V::kWidth, other);
-    store_first(x, lanes, count);
-    return V::load(lanes);
-  }
+  // Another number in the lanes beyond the end, where x is at least that.
+  V or_zero(V x) const { return min(kCutToZero<T>.after(count), x); }
+  V or_least(V x) const { return min(kCutToLeast<T>.after(count), x); }
 };
 
 // step(column, lanes, chain) for each vector of columns [first, end).
 template <class T, class Step>
-__attribute__((always_inline)) inline void over_columns(int64_t first, int64_t end, const Step& step) {
+CLUSTOPS_INLINE inline void over_columns(int64_t first, int64_t end, const Step& step) {
   constexpr int kWidth = Vector<T>::kWidth;
   static_assert(kChains == 2);
   int64_t k = first;
@@ -104,10 +120,9 @@ struct Chains {
 template <class S, class T>
 T largest(const S* s, int64_t columns) {
   using V = Vector<T>;
-  constexpr T kLeast = -std::numeric_limits<T>::infinity();
-  V most = V::set1(kLeast);
-  over_columns<T>(0, columns, [&](int64_t k, auto lanes, int) {
-    most = max(most, lanes.keep(lanes.read_from(s + k), kLeast));
+  V most = V::set1(-kInfinity<T>);
+  over_columns<T>(0, columns, [&](int64_t k, auto lanes, int) CLUSTOPS_INLINE {
+    most = max(most, lanes.or_least(lanes.read_from(s + k)));
   });
   return reduce_max(most);
 }
@@ -152,10 +167,9 @@ struct TargetRow {
   // The largest one in columns [0, end).
   T largest(int64_t end) const {
     using V = Vector<T>;
-    constexpr T kLeast = -std::numeric_limits<T>::infinity();
-    V most = V::set1(kLeast);
-    over_columns<T>(0, end, [&](int64_t k, auto lanes, int) {
-      most = max(most, lanes.keep(exponents(k, lanes), kLeast));
+    V most = V::set1(-kInfinity<T>);
+    over_columns<T>(0, end, [&](int64_t k, auto lanes, int) CLUSTOPS_INLINE {
+      most = max(most, lanes.or_least(exponents(k, lanes)));
     });
     return reduce_max(most);
   }
@@ -191,9 +205,9 @@ Softmax<T> exponentials(const TargetRow<S, T>& row, T shift, T* e, const char* n
   V most = zero<V>(), poison = zero<V>();
   for (int64_t first = 0; first < row.columns; first += kBlock) {
     Chains<T> sums;
-    over_columns<T>(first, std::min(first + kBlock, row.columns), [&](int64_t k, auto lanes, int chain) {
+    over_columns<T>(first, std::min(first + kBlock, row.columns), [&](int64_t k, auto lanes, int chain) CLUSTOPS_INLINE {
       __builtin_prefetch(next + k * static_cast<int64_t>(sizeof(S)), 0, 2);
-      const V power = lanes.keep(power_of<T>(row.exponents(k, lanes) - V::set1(shift)), 0);
+      const V power = lanes.or_zero(power_of<T>(row.exponents(k, lanes) - V::set1(shift)));
       store(power, e + k);
       sums.part[chain] = sums.part[chain] + power;
       most = max(most, power);
@@ -226,10 +240,10 @@ Swept sweep(const S* s, int64_t columns, T shift, T scale, const Softmax<T>* con
   Swept found;
   for (int64_t first = 0; first < columns; first += kBlock) {
     Chains<T> sums, dots[kTogether];
-    over_columns<T>(first, std::min(first + kBlock, columns), [&](int64_t k, auto lanes, int chain) {
+    over_columns<T>(first, std::min(first + kBlock, columns), [&](int64_t k, auto lanes, int chain) CLUSTOPS_INLINE {
       __builtin_prefetch(next + k * static_cast<int64_t>(sizeof(S)), 0, 2);
       const V d = lanes.read_from(s + k) - V::set1(shift);
-      if (kSum) sums.part[chain] = sums.part[chain] + lanes.keep(exp2(d * V::set1(scale)), 0);
+      if (kSum) sums.part[chain] = sums.part[chain] + lanes.or_zero(exp2(d * V::set1(scale)));
       for (int i = 0; i < kTargets; ++i) {
         dots[i].part[chain] = fma(V::load(targets[i]->e + k), d, dots[i].part[chain]);
       }
@@ -373,7 +387,7 @@ void losses_of_row(const SoftCrossEntropy& a, const Pairs& pairs, const Group& g
 template <class S, class T>
 void probabilities(const TargetRow<S, T>& row, T normalizer, T* q) {
   using V = Vector<T>;
-  over_columns<T>(0, row.columns, [&](int64_t k, auto lanes, int) {
+  over_columns<T>(0, row.columns, [&](int64_t k, auto lanes, int) CLUSTOPS_INLINE {
     store(power_of<T>(row.exponents(k, lanes) - V::set1(normalizer)), q + k);
   });
 }
@@ -382,7 +396,7 @@ template <int kTargets, class S, class T>
 void write_gradient(const S* s, int64_t columns, Reciprocal<T> scale, T normalizer, T total, const Share<T>* shares,
                     S* out, const char* next) {
   using V = Vector<T>;
-  over_columns<T>(0, columns, [&](int64_t k, auto lanes, int) {
+  over_columns<T>(0, columns, [&](int64_t k, auto lanes, int) CLUSTOPS_INLINE {
     __builtin_prefetch(next + k * static_cast<int64_t>(sizeof(S)), 0, 2);
     const V x = lanes.read_from(s + k);
     // Rounded as the normaliser was: of a sure prediction nothing is left but 1.

@@ -17,9 +17,6 @@
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
-template <class T>
-using Vector = typename VecFor<T>::type;
-
 // Vectors side by side for matrices of up to kSmall rows, to hide the latency of sums.
 constexpr int kSideBySide = 4;
 constexpr int64_t kSmall = 8;
@@ -42,6 +39,35 @@ inline Vec reciprocal(Vec x) {
 #endif
 }
 inline VecD reciprocal(VecD x) { return VecD::set1(1) / x; }
+
+// Four by four numbers of a transposed matrix; rows lie `from_row` and `to_row` apart.
+template <class T>
+void transpose_four(const T* from, int64_t from_row, T* to, int64_t to_row) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four row[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&row[i], from + i * from_row, sizeof(Four));
+  const Four low02 = __builtin_shufflevector(row[0], row[2], 0, 4, 1, 5);
+  const Four low13 = __builtin_shufflevector(row[1], row[3], 0, 4, 1, 5);
+  const Four high02 = __builtin_shufflevector(row[0], row[2], 2, 6, 3, 7);
+  const Four high13 = __builtin_shufflevector(row[1], row[3], 2, 6, 3, 7);
+  const Four column[4] = {__builtin_shufflevector(low02, low13, 0, 4, 1, 5),
+                          __builtin_shufflevector(low02, low13, 2, 6, 3, 7),
+                          __builtin_shufflevector(high02, high13, 0, 4, 1, 5),
+                          __builtin_shufflevector(high02, high13, 2, 6, 3, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_row, &column[i], sizeof(Four));
+}
+
+// [rows, columns] to [columns, rows].
+template <class T>
+void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int64_t r = 0; r < whole_rows; r += 4) {
+    for (int64_t c = 0; c < whole_columns; c += 4) transpose_four(from + r * columns + c, columns, to + c * rows + r, rows);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * rows + r] = from[r * columns + c];
+  }
+}
 
 template <class V, int kVectors>
 struct Pack {
@@ -67,7 +93,7 @@ class Block {
 
   // m [kLanes, n, n]. Beyond the range, `wide` is set for a lane.
   void load(const T* m, bool (&wide)[kLanes]) {
-    transpose_in(m, e_.data());
+    transpose(m, kLanes, n_ * n_, e_.data());
     for (int g = 0; g < kVectors; ++g) exponentials(e_.data() + g * kWidth, wide + g * kWidth);
     std::fill_n(scaling(0), n_ * kLanes, T(1));
     for (int64_t h = 1; h <= steps_; ++h) step(h);
@@ -78,12 +104,12 @@ class Block {
     over_elements([&](int64_t i, int64_t j, int64_t at, int64_t lane) {
       store(at_e(at) * V::load(u + i * kLanes + lane) * V::load(v + j * kLanes + lane), e_.data() + at);
     });
-    transpose_out(e_.data(), to);
+    transpose(e_.data(), n_ * n_, kLanes, to);
   }
 
   // upstream and to, [kLanes, n, n]
   void backward(const T* upstream, T* to) {
-    transpose_in(upstream, g_.data());
+    transpose(upstream, kLanes, n_ * n_, g_.data());
     T *of_y = bars_.data(), *of_x = of_y + n_ * kLanes, *r = of_x + n_ * kLanes;
     start(of_y, of_x);
     for (int64_t h = steps_; h >= 1; --h) {
@@ -92,7 +118,7 @@ class Block {
       std::fill_n(of_x, n_ * kLanes, T(0));
     }
     over_elements([&](int64_t, int64_t, int64_t at, int64_t) { store(at_e(at) * V::load(g_.data() + at), g_.data() + at); });
-    transpose_out(g_.data(), to);
+    transpose(g_.data(), n_ * n_, kLanes, to);
   }
 
  private:
@@ -185,19 +211,6 @@ class Block {
         }
       }
       for (int g = 0; g < kVectors; ++g) store(sum.part[g], of_x + q * kLanes + g * kWidth);
-    }
-  }
-
-  void transpose_in(const T* from, T* to) const {
-    const int64_t size = n_ * n_;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t i = 0; i < size; ++i) to[i * kLanes + lane] = from[lane * size + i];
-    }
-  }
-  void transpose_out(const T* from, T* to) const {
-    const int64_t size = n_ * n_;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t i = 0; i < size; ++i) to[lane * size + i] = from[i * kLanes + lane];
     }
   }
 
