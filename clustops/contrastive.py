@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from . import checks
 from .contrastive_rows import (
+    Options,
     check_confidence,
     check_features,
     check_labels,
-    check_options,
+    check_reduction,
     check_threshold,
     check_weights,
-    class_rows,
-    reduce_rows,
-    warn_if_unnormalized,
+    class_loss,
 )
 from .distributed import Group
 
@@ -89,16 +86,20 @@ def ccssl_loss(
     "confidence".
     """
     checks.check_choice(self_weight, "self_weight", ("one", "confidence"))
-    own_confidence = self_weight == "confidence"
     views = check_features(features, group)
-    warn_if_unnormalized(views, normalize)
-    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
-    weights = check_weights(weights, views)
-    options = (temperature, check_threshold(threshold), reweight, own_confidence, normalize)
-    rows, weight = class_rows(
-        views, check_labels(labels, views), check_confidence(confidence, views), options, group
+    temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
+    options = Options(
+        temperature, check_threshold(threshold), reweight, self_weight == "confidence", normalize
     )
-    loss = reduce_rows(rows, weight, factor, weights, no_positive, reduction, group)
+    loss = class_loss(
+        views,
+        check_labels(labels, views),
+        check_confidence(confidence, views),
+        check_weights(weights, views),
+        options,
+        how,
+        group,
+    )
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -185,11 +186,9 @@ def info_nce_loss(
             "stack the views: torch.stack([view_1, view_2], dim=1)",
         )
     views = check_features(features, group)
-    warn_if_unnormalized(views, normalize)
-    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
-    weights = check_weights(weights, views)
-    rows, weight = class_rows(views, None, None, (temperature, -math.inf, True, False, normalize), group)
-    return reduce_rows(rows, weight, factor, weights, no_positive, reduction, group)
+    temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
+    options = Options(temperature, normalize=normalize)
+    return class_loss(views, None, None, check_weights(weights, views), options, how, group)
 
 
 def pseudo_labels(logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

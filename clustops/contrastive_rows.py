@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _warned = False
 
 
 def check_features(features: Tensor, group: Group) -> Tensor:
-    """``features`` as contiguous ``[N, V, D]``; a matrix is rows of one view each."""
+    """``features`` as contiguous ``[N, V, D]``, values unseen; a matrix is rows of one view each."""
     checks.check_floating(features, "features", "torch.stack(views, dim=1)")
     if features.ndim not in (2, 3):
         checks.reject(
@@ -30,37 +30,39 @@ def check_features(features: Tensor, group: Group) -> Tensor:
     # A rank may have no samples; the views and features of none are still known.
     if 0 in features.shape[1 if group is not None else 0 :]:
         checks.reject("features", "not empty", checks.shape_of(features), "skip empty batches")
-    checks.check_finite(features, "features")
     return (features if features.ndim == 3 else features[:, None]).contiguous()
 
 
-def warn_if_unnormalized(features: Tensor, normalize: bool) -> None:
-    """Warn, once a process, of rows whose norm is far from 1, where values are checked; zero rows may be."""
-    global _warned
-    if normalize or not checks.values_are_checked(features) or _warned or features.numel() == 0:
-        return
-    norms = torch.linalg.vector_norm(features.detach(), dim=-1)
-    if bool(((norms > 0) & ((norms - 1).abs() > 0.1)).any()):
-        _warned = True
-        warnings.warn(
-            f"features have rows of norm up to {float(norms.max()):.3g}, but the loss is one of cosines: "
-            "pass normalize=True or normalise them. This is said once.",
-            checks.ClustopsWarning,
-            stacklevel=3,
-        )
+class Options(NamedTuple):
+    """The options of ``clustops::contrastive_rows``, in its order."""
+
+    temperature: float
+    threshold: float = -math.inf
+    reweight: bool = True
+    own_confidence: bool = False
+    normalize: bool = False
 
 
-def check_options(
+class Reduction(NamedTuple):
+    """How losses of rows become the loss."""
+
+    kind: str  # "mean", "sum" or "none"
+    no_positive: str  # "zero", "ignore" or "raise"
+    factor: float  # of all losses
+
+
+def check_reduction(
     temperature: float, base_temperature: float | None, no_positive: str, reduction: str
-) -> tuple[float, float]:
-    """The temperature, and the factor of the loss: temperature / base_temperature or 1."""
+) -> tuple[float, Reduction]:
+    """The temperature, and the reduction with a factor of temperature / base_temperature or 1."""
     checks.check_positive(temperature, "temperature", "0.07 to 0.5 are usual")
     checks.check_choice(no_positive, "no_positive", ("zero", "ignore", "raise"))
     checks.check_choice(reduction, "reduction", ("mean", "sum", "none"))
-    if base_temperature is None:
-        return float(temperature), 1.0
-    checks.check_positive(base_temperature, "base_temperature", "pass None for a factor of 1")
-    return float(temperature), temperature / base_temperature
+    factor = 1.0
+    if base_temperature is not None:
+        checks.check_positive(base_temperature, "base_temperature", "pass None for a factor of 1")
+        factor = temperature / base_temperature
+    return float(temperature), Reduction(reduction, no_positive, factor)
 
 
 def check_per_sample(tensor: Tensor, name: str, features: Tensor) -> None:
@@ -108,19 +110,21 @@ def check_labels(labels: Tensor, features: Tensor) -> Tensor:
 
 
 def check_confidence(confidence: Tensor | None, features: Tensor) -> Tensor | None:
-    """``confidence``, detached."""
+    """``confidence``, detached, values unseen."""
     if confidence is None:
         return None
     checks.check_floating(confidence, "confidence")
     confidence = confidence.detach()
     check_per_sample(confidence, "confidence", features)
-    checks.check_finite(confidence, "confidence")
-    if checks.values_are_checked(confidence) and confidence.numel():
-        low, high = float(confidence.min()), float(confidence.max())
-        if low < 0 or high > 1:
-            value = low if low < 0 else high
-            checks.reject("confidence", "in [0, 1]", value, "pass probabilities, as pseudo_labels gives them")
     return confidence
+
+
+def _check_probabilities(confidence: Tensor) -> None:
+    checks.check_finite(confidence, "confidence")
+    low, high = float(confidence.min()), float(confidence.max())
+    if low < 0 or high > 1:
+        value = low if low < 0 else high
+        checks.reject("confidence", "in [0, 1]", value, "pass probabilities, as pseudo_labels gives them")
 
 
 def check_threshold(threshold: float | None) -> float:
@@ -147,8 +151,8 @@ def check_weights(weights: Tensor | None, features: Tensor) -> Tensor | None:
     return weights
 
 
-class _ShardedRows(torch.autograd.Function):
-    """contrastive_rows of this rank's anchors against the rows of all ranks.
+class _ClassLoss(torch.autograd.Function):
+    """The loss of this rank's anchors against the rows of all ranks, reduced: one node.
 
     A rank knows all rows, so its gradient is complete after one exchange of numbers per row: log-sum-exp on
     the way forward, upstream gradients on the way back. No gradient of ``[M, D]`` travels.
@@ -160,72 +164,107 @@ class _ShardedRows(torch.autograd.Function):
         features: Tensor,
         labels: Tensor | None,
         confidence: Tensor | None,
+        weights: Tensor | None,
+        options: Options,
+        reduction: Reduction,
         group: Group,
-        options: tuple[Any, ...],
     ) -> tuple[Tensor, Tensor]:
-        count = features.shape[0]
-        features, counts = all_gather_rows(features, group)
-        labels = None if labels is None else all_gather_rows(labels, group)[0]
-        confidence = None if confidence is None else all_gather_rows(confidence, group)[0]
-        first = sum(counts[: rank(group)])
-        rows, lse, weight = torch.ops.clustops.contrastive_rows(
+        first, count = 0, features.shape[0]
+        if group is not None:
+            features, counts = all_gather_rows(features, group)
+            labels = None if labels is None else all_gather_rows(labels, group)[0]
+            confidence = None if confidence is None else all_gather_rows(confidence, group)[0]
+            first = sum(counts[: rank(group)])
+        rows, lse, weight, norms = torch.ops.clustops.contrastive_rows(
             features, labels, confidence, first, count, *options
         )
-        ctx.save_for_backward(features, labels, confidence, all_gather_rows(lse, group)[0])
-        ctx.group, ctx.anchors, ctx.options = group, (first, count), options
-        ctx.mark_non_differentiable(weight)
-        return rows, weight
+        scale = row_scale(rows, weight, weights, reduction, group)
+        scale_tensor = scale if isinstance(scale, Tensor) else None
+        ctx.save_for_backward(features, labels, confidence, all_gather_rows(lse, group)[0], scale_tensor)
+        ctx.scale, ctx.anchors, ctx.options, ctx.group = scale, (first, count), options, group
+        ctx.mark_non_differentiable(norms)
+        return reduce_rows(rows, scale, reduction), norms
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
-        features, labels, confidence, lse = ctx.saved_tensors
-        grad, _ = all_gather_rows(grad, ctx.group)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        features, labels, confidence, lse, scale = ctx.saved_tensors
+        grad = gradients[0] * (ctx.scale if scale is None else scale)
+        grad, _ = all_gather_rows(grad.expand(ctx.anchors[1], features.shape[1]), ctx.group)
         gradient = torch.ops.clustops.contrastive_rows_backward(
             grad, features, labels, confidence, lse, *ctx.anchors, *ctx.options
         )
-        return gradient, None, None, None, None
+        return gradient, *[None] * 6
 
 
-def class_rows(
-    features: Tensor, labels: Tensor | None, confidence: Tensor | None, options: tuple[Any, ...], group: Group
-) -> tuple[Tensor, Tensor]:
-    """Losses ``[N, V]`` and total weights ``[N]`` of this rank's anchors."""
-    if group is not None:
-        rows, weight = _ShardedRows.apply(features, labels, confidence, group, options)
-        return rows, weight
-    rows, _, weight = torch.ops.clustops.contrastive_rows(
-        features, labels, confidence, 0, features.shape[0], *options
-    )
-    return rows, weight
-
-
-def reduce_rows(
-    rows: Tensor,
-    weight: Tensor,
-    factor: float,
+def class_loss(
+    features: Tensor,
+    labels: Tensor | None,
+    confidence: Tensor | None,
     weights: Tensor | None,
-    no_positive: str,
-    reduction: str,
+    options: Options,
+    reduction: Reduction,
     group: Group,
 ) -> Tensor:
-    """The loss from losses of rows ``[N, V]``; over ranks, scalars average to the loss of one process."""
-    has_positive = weight > 0
-    if no_positive == "raise":
-        _check_positives(has_positive, group)
-    if factor != 1:
-        rows = rows * factor
-    if weights is not None:
-        rows = rows * weights.to(rows.dtype)[:, None]
-    if reduction == "none":
-        return rows
-    loss = rows.sum() * world_size(group)
-    if reduction == "sum":
-        return loss
-    if no_positive != "ignore" and group is None:
-        return loss / rows.numel()
-    samples = has_positive if no_positive == "ignore" else torch.ones_like(has_positive)
-    anchors = all_reduce_sum(samples.sum(), group) * rows.shape[1]
-    return loss / anchors.clamp_min(1)
+    """The loss of checked arguments: a scalar, or that of rows ``[N, V]``."""
+    loss: Tensor
+    loss, norms = _ClassLoss.apply(features, labels, confidence, weights, options, reduction, group)
+    if checks.values_are_checked(features):
+        _check_values(norms, features, confidence, options, group)
+    return loss
+
+
+def _check_values(
+    norms: Tensor, features: Tensor, confidence: Tensor | None, options: Options, group: Group
+) -> None:
+    """Raise if a value is out of range, which the op tells by NaN; warn, once a process, of odd norms."""
+    global _warned
+    least, greatest = norms.tolist()
+    if math.isnan(greatest):
+        checks.check_finite(features, "features")
+        if confidence is not None:
+            _check_probabilities(confidence)
+        if group is not None:
+            others = "others on another rank"
+            checks.reject("features", "finite on all ranks", others, "look at that rank's message")
+    elif not (_warned or options.normalize) and (least < 0.9 or greatest > 1.1):
+        _warned = True
+        warnings.warn(
+            f"features have rows of norm {least:.3g} to {greatest:.3g}, but the loss is one of cosines: "
+            "pass normalize=True or normalise them. This is said once.",
+            checks.ClustopsWarning,
+            stacklevel=4,
+        )
+
+
+def row_scale(
+    rows: Tensor, weight: Tensor, weights: Tensor | None, reduction: Reduction, group: Group
+) -> float | Tensor:
+    """What losses of rows ``[N, V]`` are multiplied by, so that over ranks the mean is that of one process.
+
+    Args:
+        weight: ``[N]``, W of each sample; 0: its rows have no positive.
+    """
+    scale: float | Tensor = reduction.factor
+    if reduction.no_positive == "raise":
+        _check_positives(weight > 0, group)
+    if reduction.kind != "none":
+        scale = scale * world_size(group)
+    if reduction.kind == "mean" and reduction.no_positive != "ignore" and group is None:
+        scale = scale / rows.numel()
+    elif reduction.kind == "mean":
+        samples = weight > 0 if reduction.no_positive == "ignore" else torch.ones_like(weight)
+        anchors = all_reduce_sum(samples.sum(), group) * rows.shape[1]
+        scale = scale / anchors.clamp_min(1).to(rows.dtype)
+    return scale if weights is None else weights.to(rows.dtype)[:, None] * scale
+
+
+def reduce_rows(rows: Tensor, scale: float | Tensor, reduction: Reduction) -> Tensor:
+    """The loss from losses of rows ``[N, V]``."""
+    if reduction.kind == "none":
+        return rows * scale
+    if isinstance(scale, Tensor) and scale.ndim:
+        return (rows * scale).sum()
+    return rows.sum() * scale
 
 
 def _check_positives(has_positive: Tensor, group: Group) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .contrastive_rows import check_features, check_options, check_weights, reduce_rows
+from .contrastive_rows import check_features, check_reduction, check_weights, reduce_rows, row_scale
 from .distributed import Group, all_gather_rows, all_reduce_sum, rank
 from .native import contrastive_weighted as _ops  # noqa: F401  defines clustops::weighted_contrastive_rows
 
@@ -59,7 +59,8 @@ def weighted_contrastive_loss(
     Regularization", ICCV 2021.
     """
     views = check_features(features, group)
-    temperature, factor = check_options(temperature, base_temperature, no_positive, reduction)
+    checks.check_finite(views, "features")
+    temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
     weights = check_weights(weights, views)
     first = 0
     if group is not None:
@@ -70,7 +71,7 @@ def weighted_contrastive_loss(
     rows, _, weight = torch.ops.clustops.weighted_contrastive_rows(
         views, pair_weights, first, temperature, normalize
     )
-    loss = reduce_rows(rows, weight, factor, weights, no_positive, reduction, group)
+    loss = reduce_rows(rows, row_scale(rows, weight, weights, how, group), how)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 

@@ -245,7 +245,7 @@ def test_rows_far_from_norm_one_are_told_once(monkeypatch: pytest.MonkeyPatch) -
     info_nce_loss(FEATURES * 3, normalize=True)
     info_nce_loss(FEATURES.index_fill(0, torch.tensor([2]), 0))
     assert not contrastive_rows._warned
-    with pytest.warns(checks.ClustopsWarning, match="rows of norm up to 3, .* normalize=True"):
+    with pytest.warns(checks.ClustopsWarning, match="rows of norm 3 to 3, .* normalize=True"):
         info_nce_loss(FEATURES * 3)
     info_nce_loss(FEATURES * 3)
 

@@ -193,7 +193,7 @@ def test_pairs_beyond_2_to_the_31() -> None:
     features = unit_rows(n, 1, 2).detach()
     labels = torch.arange(n) // 2
     options = (1.0, -torch.inf, True, False, False)
-    loss, lse, _ = torch.ops.clustops.contrastive_rows(features, labels, None, n - 4, 4, *options)
+    loss, lse, *_ = torch.ops.clustops.contrastive_rows(features, labels, None, n - 4, 4, *options)
     rows = features[:, 0].double()
     scores = rows[-4:] @ rows.T
     scores.diagonal(n - 4).fill_(-torch.inf)

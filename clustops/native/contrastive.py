@@ -16,10 +16,10 @@ _OPTIONS = "float temperature, float threshold, bool reweight, bool own_confiden
 
 def _rows_fake(
     features: Tensor, labels: Tensor | None, confidence: Tensor | None, first: int, count: int, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.new_empty((count, features.shape[1]), dtype=dtype)
-    return rows, torch.empty_like(rows), rows.new_empty((count,))
+    return rows, torch.empty_like(rows), rows.new_empty((count,)), rows.new_empty((2,))
 
 
 def _backward_fake(
@@ -35,10 +35,10 @@ def _backward_fake(
     return features.new_empty((count, *features.shape[1:]))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, labels, confidence, ctx.first, ctx.count, *ctx.options = inputs
-    _, lse, weight = output
-    ctx.mark_non_differentiable(lse, weight)
+    _, lse, weight, norms = output
+    ctx.mark_non_differentiable(lse, weight, norms)
     ctx.save_for_backward(features, labels, confidence, lse)
 
 
@@ -61,7 +61,7 @@ register(
 )
 register(
     "contrastive_rows(Tensor features, Tensor? labels, Tensor? confidence, SymInt first, SymInt count, "
-    f"{_OPTIONS}) -> (Tensor loss, Tensor lse, Tensor weight)",
+    f"{_OPTIONS}) -> (Tensor loss, Tensor lse, Tensor weight, Tensor norms)",
     reference=reference.contrastive_rows,
     fake=_rows_fake,
     setup_context=_save,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # A block of scores holds 2^22 numbers, 16 MB in fp32; 64 rows at least keep a matrix product efficient.
 _BLOCK_SCORES = 1 << 22
@@ -29,7 +30,7 @@ def contrastive_rows(
     reweight: bool,
     own_confidence: bool,
     normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of the anchors in samples ``first ... first + count - 1``, against the rows of all samples.
 
     loss_a = LSE_{b != a} s_ab - z_a.B_a / (temperature W_a),  B_a = sum_b w_ab z_b,  W_a = sum_b w_ab
@@ -46,16 +47,20 @@ def contrastive_rows(
         normalize: whether rows are divided by their norms; a zero row stays zero.
 
     Returns:
-        loss ``[count, V]``, 0 where W is 0; LSE ``[count, V]``; W ``[count]``, the same for all views.
+        loss ``[count, V]``, 0 where W is 0; LSE ``[count, V]``; W ``[count]``, the same for all views; norms
+        ``[2]``, the least above 0 (inf: there is none) and the greatest of the given rows. If a feature is
+        not finite, or a confidence not in [0, 1], all losses and both norms are NaN.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = unit_rows(features, normalize)
+        norms = _extreme_norms(features, confidence, z.dtype)
         classes = _classes(z, labels, confidence, threshold, reweight, own_confidence)
         anchors = slice(first, first + count)
         weight, pull = _total_weight(z, *classes)[anchors], _positives(z, *classes)[anchors]
         lse = log_partition(z, first, count, temperature)
         mean = (z[anchors] * pull).sum(-1) / (temperature * weight)
-        return torch.where(weight > 0, lse - mean, 0).to(z.dtype), lse, weight[:, 0].clone()
+        loss = torch.where(weight > 0, lse - mean, 0) + torch.where(norms[1].isnan(), torch.nan, 0)
+        return loss.to(z.dtype), lse, weight[:, 0].clone(), norms
 
 
 def contrastive_rows_backward(
@@ -105,6 +110,17 @@ def unit_rows(features: Tensor, normalize: bool) -> Tensor:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.to(dtype)
     return rows * _inverse_norm(features) if normalize else rows
+
+
+def _extreme_norms(features: Tensor, confidence: Tensor | None, dtype: torch.dtype) -> Tensor:
+    norms = torch.linalg.vector_norm(features, dim=-1, dtype=_wide(features)).flatten()
+    # A neutral one more, for there may be no rows.
+    least = pad(torch.where(norms > 0, norms, torch.inf), (0, 1), value=torch.inf).amin()
+    greatest = pad(norms, (0, 1)).amax()
+    good = features.isfinite().all()
+    if confidence is not None:
+        good = good & ((confidence >= 0) & (confidence <= 1)).all()
+    return torch.where(good, torch.stack([least, greatest]), torch.nan).to(dtype)
 
 
 def _inverse_norm(features: Tensor) -> Tensor:
