@@ -21,7 +21,7 @@ def soft_cross_entropy(
     target_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``clustops::soft_cross_entropy``."""
-    given = _prepare(scores, target_scores, bias)
+    given = as_kernels_take(scores, target_scores, bias)
     (v, b, _), a, dtype = scores.shape, target_scores.shape[0], reference.accumulator(scores.dtype)
     losses, p, q = (scores.new_empty((n, b), dtype=dtype) for n in (len(views) or v, v, a))
     extension.soft_cross_entropy(
@@ -54,7 +54,7 @@ def soft_cross_entropy_backward(
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     extension.soft_cross_entropy_backward(
         view(gradient.to(reference.accumulator(scores.dtype))),
-        *_prepare(scores, target_scores, bias),
+        *as_kernels_take(scores, target_scores, bias),
         view(score_normalizers.contiguous()),
         view(target_normalizers.contiguous()),
         views,
@@ -67,12 +67,12 @@ def soft_cross_entropy_backward(
     return result
 
 
-def _prepare(scores: Tensor, target_scores: Tensor, bias: Tensor) -> tuple[object, ...]:
-    """The tensors as the kernels take them: fp64 all or none, neighbouring columns."""
+def as_kernels_take(scores: Tensor, target_scores: Tensor, bias: Tensor) -> tuple[object, ...]:
+    """Views with neighbouring columns, fp64 all or none."""
     dtype = reference.accumulator(scores.dtype)
     if reference.accumulator(target_scores.dtype) != dtype:
         target_scores = target_scores.to(dtype)
-    return tuple(view(dense_rows(t)) for t in (scores.detach(), target_scores.detach(), bias.to(dtype)))
+    return tuple(view(dense_rows(t.detach())) for t in (scores, target_scores, bias.to(dtype)))
 
 
 def sinkhorn_matrix(m: Tensor, n_iters: int) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn_ops as reference
-from . import dense_rows, extension, view
+from . import extension, view
+from .sinkhorn_loss_cpu import as_kernels_take
 
 
 def soft_cross_entropy(
@@ -27,7 +28,7 @@ def soft_cross_entropy(
     with torch.cuda.device(scores.device):
         losses, p, q = (scores.new_empty((rows, b), dtype=dtype) for rows in (n, v, a))
         extension.soft_cross_entropy_cuda(
-            *_prepare(scores, target_scores, bias),
+            *as_kernels_take(scores, target_scores, bias),
             views,
             targets,
             temperature,
@@ -55,7 +56,7 @@ def soft_cross_entropy_backward(
     with torch.cuda.device(scores.device):
         extension.soft_cross_entropy_backward_cuda(
             view(gradient.detach().to(reference.accumulator(scores.dtype))),
-            *_prepare(scores, target_scores, bias),
+            *as_kernels_take(scores, target_scores, bias),
             view(score_normalizers.contiguous()),
             view(target_normalizers.contiguous()),
             views,
@@ -66,14 +67,6 @@ def soft_cross_entropy_backward(
             _stream(scores),
         )
     return result
-
-
-def _prepare(scores: Tensor, target_scores: Tensor, bias: Tensor) -> tuple[object, ...]:
-    """The tensors as the kernels take them: fp64 all or none, neighbouring columns."""
-    dtype = reference.accumulator(scores.dtype)
-    if reference.accumulator(target_scores.dtype) != dtype:
-        target_scores = target_scores.to(dtype)
-    return tuple(view(dense_rows(t.detach())) for t in (scores, target_scores, bias.to(dtype)))
 
 
 def sinkhorn_matrix(m: Tensor, n_iters: int) -> Tensor:

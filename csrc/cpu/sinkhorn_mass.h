@@ -7,6 +7,7 @@
 #include <atomic>
 #include <limits>
 
+#include "../common/pages.h"
 #include "../common/parallel.h"
 #include "sinkhorn_rows.h"
 
@@ -204,6 +205,10 @@ void power_stripe(const Problem<E>& problem, const Exponents<typename E::Wide>& 
   V flaw = zero;
   Block<E> block;
   int64_t since = 0;
+  if (kKeep) {
+    const int64_t before = stripe * stripes.rows * z.columns;
+    populate_pages(keep + before, (end * z.columns - before) * int64_t{sizeof(T)});
+  }
   for (int64_t r = stripe * stripes.rows, first = r; block.next(problem, r, end); first = r) {
     V weight[kRows];
     T* kept[kRows] = {};
