@@ -335,6 +335,35 @@ void bind_sinkhorn_loss(py::module_& m) {
       release());
 }
 
+void bind_contrastive(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "contrastive_rows",
+      [](const Tensor& features, const Maybe& labels, const Maybe& confidence, int64_t first, int64_t count,
+         double temperature, double threshold, bool reweight, bool own_confidence, bool normalize, const Tensor& loss,
+         const Tensor& lse, const Tensor& weight, const Tensor& norms, int threads) {
+        cpu::kernels().contrastive_rows(
+            clustops::contrastive_arguments(features, pointer(labels), pointer(confidence), first, count,
+                                            {temperature, threshold, reweight, own_confidence, normalize}, loss, lse,
+                                            weight, norms, Device::cpu),
+            threads < 1 ? 1 : threads);
+      },
+      release());
+  m.def(
+      "contrastive_rows_backward",
+      [](const Tensor& upstream, const Tensor& features, const Maybe& labels, const Maybe& confidence,
+         const Tensor& lse, int64_t first, int64_t count, double temperature, double threshold, bool reweight,
+         bool own_confidence, bool normalize, const Tensor& gradient, int threads) {
+        cpu::kernels().contrastive_rows_backward(
+            clustops::contrastive_backward_arguments(upstream, features, pointer(labels), pointer(confidence), lse,
+                                                     first, count,
+                                                     {temperature, threshold, reweight, own_confidence, normalize},
+                                                     gradient, Device::cpu),
+            threads < 1 ? 1 : threads);
+      },
+      release());
+}
+
 #ifdef CLUSTOPS_WITH_CUDA
 void bind_kmeans_assign_cuda(py::module_& m) {
   m.def(
@@ -574,6 +603,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_iterate(m);
   bind_sinkhorn(m);
   bind_sinkhorn_loss(m);
+  bind_contrastive(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..reference import contrastive_rows as reference
-from . import register
+from . import contrastive_cpu as cpu
+from . import extension, register
+
+_cpu = hasattr(extension, "contrastive_rows")
 
 _OPTIONS = "float temperature, float threshold, bool reweight, bool own_confidence, bool normalize"
 
@@ -58,12 +61,14 @@ register(
     f"SymInt first, SymInt count, {_OPTIONS}) -> Tensor",
     reference=reference.contrastive_rows_backward,
     fake=_backward_fake,
+    cpu=cpu.contrastive_rows_backward if _cpu else None,
 )
 register(
     "contrastive_rows(Tensor features, Tensor? labels, Tensor? confidence, SymInt first, SymInt count, "
     f"{_OPTIONS}) -> (Tensor loss, Tensor lse, Tensor weight, Tensor norms)",
     reference=reference.contrastive_rows,
     fake=_rows_fake,
+    cpu=cpu.contrastive_rows if _cpu else None,
     setup_context=_save,
     backward=_differentiate,
 )

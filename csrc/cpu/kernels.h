@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../common/contrastive.h"
 #include "../common/kmeans.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
@@ -38,6 +39,9 @@ struct Kernels {
   void (*soft_cross_entropy)(const SoftCrossEntropy& problem, int threads);
   void (*soft_cross_entropy_backward)(const SoftCrossEntropyBackward& problem, int threads);
   void (*sinkhorn_matrix)(const SinkhornMatrix& problem, int threads);
+
+  void (*contrastive_rows)(const ContrastiveForward& problem, int threads);
+  void (*contrastive_rows_backward)(const ContrastiveBackward& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

@@ -24,6 +24,8 @@ void sinkhorn_assign(const SinkhornAssign& problem, int threads);
 void soft_cross_entropy(const SoftCrossEntropy& problem, int threads);
 void soft_cross_entropy_backward(const SoftCrossEntropyBackward& problem, int threads);
 void sinkhorn_matrix(const SinkhornMatrix& problem, int threads);
+void contrastive_rows(const ContrastiveForward& problem, int threads);
+void contrastive_rows_backward(const ContrastiveBackward& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
@@ -50,6 +52,8 @@ const Kernels table = {kmeans_assign_workspace,
                        soft_cross_entropy,
                        soft_cross_entropy_backward,
                        sinkhorn_matrix,
+                       contrastive_rows,
+                       contrastive_rows_backward,
                        measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
