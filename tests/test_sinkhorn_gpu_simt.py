@@ -28,7 +28,7 @@ PATHS = [STREAMING, RESIDENT]
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("simt")
-    return build(folder, "sinkhorn_gpu", "sinkhorn.cu", "sinkhorn_resident.cu")
+    return build(folder, "sinkhorn_gpu", "sinkhorn.cu", "sinkhorn_resident.cu", "sinkhorn_split.cu")
 
 
 class Rows(NamedTuple):
@@ -218,6 +218,74 @@ def test_rows_of_many_columns(program: Path, shape: tuple[int, int, int], shared
     found = solve(program, rows, given, Machine(2, shared), init=init)
     for one, right in zip(found, oracle(rows, given, init=init), strict=True):
         assert_equal(one, right, torch.bfloat16)
+
+
+LONG = 200 << 10  # bytes of shared memory that a slice of a long row needs
+
+
+@few
+@given(
+    shape=st.sampled_from([(1, 1, 1024), (3, 7, 1025), (1, 23, 2050), (2, 9, 3100)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    queued=st.sampled_from([0, 5]),
+    padding=st.sampled_from([0, 3, 8]),
+    weighted=st.booleans(),
+    virtual=st.booleans(),
+    processors=st.sampled_from([4, 9]),
+    order=orders,
+    seed=seeds,
+)
+def test_ctas_share_long_rows(
+    program: Path,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    queued: int,
+    padding: int,
+    weighted: bool,
+    virtual: bool,
+    processors: int,
+    order: int,
+    seed: int,
+) -> None:
+    p, b, k = shape
+    scores, weights = cosines(p, b, k, dtype, seed), None
+    if weighted:
+        weights = draw_weights(p, b, dtype, seed)
+        scores[weights == 0] = torch.nan
+    queue = cosines(p, queued, k, dtype, seed + 1) if queued else None
+    rows, potentials = (
+        Rows(scores, queue, weights, padding),
+        torch.randn(p, k + virtual, generator=generator(seed)),
+    )
+    arguments = ("mass", Machine(order, LONG, processors), rows, dtype, virtual, [0.05, True], [], potentials)
+    found = run(program, *arguments).take(torch.float32, p, k + virtual)
+    right = ops.column_log_mass(
+        scores.double(), double(queue), double(weights), potentials.double(), 0.05, True
+    )
+    assert_equal(found, right, dtype)
+    assert_bits((found,), (run(program, *arguments).take(torch.float32, p, k + virtual),))
+
+
+@pytest.mark.parametrize("far", [0.0, 60.0], ids=["near", "far apart"])
+@pytest.mark.parametrize("tol", [None, 1e9])
+def test_solutions_of_long_rows(program: Path, tol: float | None, far: float) -> None:
+    """Far apart, powers vanish: then each row is read twice."""
+    scores = cosines(2, 6, 2050, torch.float32, 0)
+    scores[0, :, 7] -= far
+    rows, given = Rows(scores), Settings(n_iters=3, mass=0.7, tol=tol)
+    init = torch.zeros(2, 2051)
+    found = solve(program, rows, given, Machine(2, 150 << 10, 5), init=init)
+    for one, right in zip(found, oracle(rows, given, init=init), strict=True):
+        assert_equal(one, right, torch.float32)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_score_in_one_slice_makes_potentials_of_long_rows_nan(program: Path, odd: float) -> None:
+    scores = cosines(2, 6, 2050, torch.float32, 0)
+    scores[1, 4, 2049] = odd
+    rows, given = Rows(scores), Settings(n_iters=2)
+    found, _ = solve(program, rows, given, Machine(2, 150 << 10, 5), init=torch.zeros(2, 2050))
+    assert found.isnan().all(-1).tolist() == [False, True]
 
 
 @few

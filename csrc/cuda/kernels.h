@@ -27,8 +27,8 @@ void kmeans_seed(const KMeansSeed& problem, void* stream);
 int64_t kmeans_seed_workspace(int64_t entries, int64_t rows, int64_t features, int64_t trials);  // in 64-bit words
 
 // Workspaces in 64-bit words.
-int64_t sinkhorn_mass_workspace(const SinkhornRows& rows, bool virtual_column);
-int64_t sinkhorn_solve_workspace(const SinkhornRows& rows, bool virtual_column);  // on the current device
+int64_t sinkhorn_mass_workspace(const SinkhornRows& rows, bool virtual_column);   // on the current device
+int64_t sinkhorn_solve_workspace(const SinkhornRows& rows, bool virtual_column);  // likewise
 void sinkhorn_column_mass(const SinkhornMass& problem, void* stream);
 void sinkhorn_solve(const SinkhornSolve& problem, void* stream);  // at least one update
 void sinkhorn_assign(const SinkhornAssign& problem, void* stream);

@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "sinkhorn_columns.h"
 #include "sinkhorn_resident.h"
+#include "sinkhorn_split.h"
 #include "sinkhorn_step.h"
 
 namespace clustops::cuda {
@@ -19,6 +20,8 @@ struct Pass {
   A* partials;          // [problems, chunks, all]
   A* offsets;           // [problems, rows]
   const A* stopped;     // [problems], or null: none
+  SplitMasses split;    // of long rows: these passes stand in where it failed; without partials there is no other way
+  float* split_space;   // null: rows are not long
   Chunks chunks;
   Teams teams;
   int all;
@@ -40,6 +43,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) exact_pass(Pass<T> a) {
   using A = Accumulator<T>;
   CLUSTOPS_DYNAMIC_SHARED(memory);
+  if (a.split.failed && *a.split.failed == 0) return;
   for (int64_t unit = blockIdx.x; unit < a.rows.problems * a.chunks.count; unit += gridDim.x) {
     const int64_t p = unit / a.chunks.count;
     if (a.stopped && a.stopped[p] != 0) continue;
@@ -82,9 +86,12 @@ constexpr int kSide = 32;  // columns of a CTA that adds up masses of chunks; kT
 
 // One CTA per kSide columns of a problem. The result is `unit` times log2 of the mass.
 template <class A>
-__global__ void __launch_bounds__(kThreads) add_chunks(const A* partials, Chunks chunks, int64_t problems, int all, A unit,
-                                                       const A* stopped, A* log_mass) {
+__global__ void __launch_bounds__(kThreads) add_chunks(const A* partials, Chunks chunks, SplitMasses split,
+                                                       int64_t problems, int all, A unit, const A* stopped, A* log_mass) {
   __shared__ A found[kThreads];
+  if constexpr (!std::is_same<A, double>::value) {
+    if (split.failed && *split.failed == 0) partials = split.partials, chunks = split.chunks;
+  }
   constexpr int kLanes = kThreads / kSide;
   const int tiles = (all + kSide - 1) / kSide, lane = static_cast<int>(threadIdx.x) / kSide;
   for (int64_t at = blockIdx.x; at < problems * tiles; at += gridDim.x) {
@@ -187,6 +194,9 @@ Pass<T> pass_of(const SinkhornRows& rows, int64_t all, void* workspace, double e
   pass.partials = static_cast<A*>(workspace) + at.partials;
   pass.offsets = static_cast<A*>(workspace) + at.offsets;
   pass.chunks = chunks_of(rows.problems, rows.rows + rows.queued);
+  if constexpr (!std::is_same<T, double>::value) {
+    if (split_workspace(rows, all) > 0) pass.split_space = pass.partials + at.elements;
+  }
   pass.all = static_cast<int>(all);
   pass.scale = static_cast<A>(kLog2E / epsilon);
   pass.wide = wide_rows(rows);
@@ -203,12 +213,15 @@ void run_fast(Pass<T>& pass, void* stream) {
 
 // Masses of columns under these potentials, null for zeros, into the partials.
 template <class T>
-void run(Pass<T> pass, const Accumulator<T>* potentials, bool normalized, void* stream) {
+void run(Pass<T>& pass, const Accumulator<T>* potentials, bool normalized, void* stream) {
   using A = Accumulator<T>;
-  pass.potentials = potentials, pass.normalized = normalized;
+  pass.potentials = potentials, pass.normalized = normalized, pass.split = {};
   pass.wide_potentials = is_wide(potentials, pass.all, sizeof(A));
   if constexpr (!std::is_same<T, double>::value) {
-    if (normalized && in_registers(pass.rows.dtype, pass.all)) {
+    if (normalized && pass.split_space) {
+      pass.split = split_masses(
+          {pass.rows, potentials, pass.stopped, pass.split_space, pass.all, pass.scale, pass.look}, stream);
+    } else if (normalized && in_registers(pass.rows.dtype, pass.all)) {
       return columns_per_thread(pass.all) == 8 ? run_fast<T, 8>(pass, stream) : run_fast<T, 32>(pass, stream);
     }
   }
@@ -223,7 +236,7 @@ template <class T>
 void add_up(const Pass<T>& pass, double unit, Accumulator<T>* log_mass, void* stream) {
   using A = Accumulator<T>;
   launch(add_chunks<A>, grid_for(pass.rows.problems * divide_up(pass.all, kSide)), kThreads, 0, stream, pass.partials,
-         pass.chunks, pass.rows.problems, pass.all, static_cast<A>(unit), pass.stopped, log_mass);
+         pass.chunks, pass.split, pass.rows.problems, pass.all, static_cast<A>(unit), pass.stopped, log_mass);
 }
 
 template <class T>
@@ -259,7 +272,8 @@ int64_t in_words(int64_t elements, DType dtype) { return dtype == DType::f64 ? e
 }  // namespace
 
 int64_t sinkhorn_mass_workspace(const SinkhornRows& rows, bool virtual_column) {
-  return in_words(PassWorkspace(rows, columns_of(rows, virtual_column)).elements, rows.dtype);
+  const int64_t all = columns_of(rows, virtual_column);
+  return in_words(PassWorkspace(rows, all).elements + split_workspace(rows, all), rows.dtype);
 }
 
 int64_t sinkhorn_solve_workspace(const SinkhornRows& rows, bool virtual_column) {
