@@ -15,7 +15,13 @@ namespace clustops::cuda {
 
 constexpr int kTileRows = 128;
 constexpr int kBlockBytes = kTileRows * kChunkBytes;
-constexpr int kMostSummaries = 512;
+constexpr int kPrepareWarps = 8;      // of a CTA that prepares rows or samples
+constexpr int kWarpSamples = 4;       // that one of its warps takes at once
+#ifdef CLUSTOPS_SIMT  // few, so that each meets more units of work
+constexpr int64_t kMostPrepare = 3;
+#else
+constexpr int64_t kMostPrepare = 512;  // CTAs that prepare rows, and as many for samples at most
+#endif
 
 // What matrix products multiply: bf16, fp16, TF32, or fp32 as a sum of two TF32.
 enum class Operand { bf16, f16, tf32, f32 };
@@ -30,7 +36,7 @@ CLUSTOPS_HOST_DEVICE constexpr int bytes_of(Operand operand) {
   return operand == Operand::bf16 || operand == Operand::f16 ? 2 : 4;
 }
 
-// What some CTA that prepares rows knows of them.
+// What a CTA that prepares knows of its rows or samples.
 struct alignas(16) Summary {
   float least, greatest;  // norms of given rows, the least above 0
   float upstream;         // largest magnitude of their upstream gradients
@@ -44,7 +50,7 @@ struct Prepared {
   int64_t padded;  // rows, to a multiple of kTileRows
   int chunks;      // blocks of a tile
   Operand operand;
-  int summaries;
+  int row_blocks, sample_blocks;  // CTAs that prepare
 
   unsigned char* operands;
   int32_t* number;   // [padded] equal just where labels are
@@ -57,8 +63,9 @@ struct Prepared {
   float* log_partition;  // [padded] log2(e) LSE
   float* share;          // [padded] r = g / W
   float* strength;       // [padded] g exp(1 / temperature - LSE)
-  Summary* summary;      // [summaries]
+  Summary* summary;      // [summaries()]
 
+  CLUSTOPS_HOST_DEVICE int summaries() const { return row_blocks + sample_blocks; }
   CLUSTOPS_HOST_DEVICE int64_t tiles() const { return padded / kTileRows; }
   CLUSTOPS_HOST_DEVICE int64_t tile_bytes() const { return static_cast<int64_t>(chunks) * kBlockBytes; }
   // Byte of 16 bytes number `piece` of a row.
@@ -76,8 +83,11 @@ inline Prepared prepared_rows(int64_t samples, int64_t views, int64_t width, Ope
   p.padded = align_up(p.rows, kTileRows);
   p.chunks = static_cast<int>(divide_up(width * bytes_of(operand), kChunkBytes));
   p.operand = operand;
-  const int64_t warps = divide_up(p.padded, 8);
-  p.summaries = static_cast<int>(warps < kMostSummaries ? warps : kMostSummaries);
+  const auto blocks_for = [](int64_t units) {
+    return static_cast<int>(units < 1 ? 1 : units < kMostPrepare ? units : kMostPrepare);
+  };
+  p.row_blocks = blocks_for(divide_up(p.padded, kPrepareWarps));
+  p.sample_blocks = blocks_for(divide_up(samples, kPrepareWarps * kWarpSamples));
   int64_t used = 0;
   const auto take = [&](int64_t size) {
     void* const here = static_cast<unsigned char*>(base) + used;
@@ -92,7 +102,7 @@ inline Prepared prepared_rows(int64_t samples, int64_t views, int64_t width, Ope
       *array = static_cast<float*>(take(p.padded * 4));
     }
   }
-  p.summary = static_cast<Summary*>(take(p.summaries * static_cast<int64_t>(sizeof(Summary))));
+  p.summary = static_cast<Summary*>(take(p.summaries() * static_cast<int64_t>(sizeof(Summary))));
   *bytes = used;
   return p;
 }

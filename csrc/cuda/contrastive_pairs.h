@@ -115,12 +115,12 @@ struct PairRow {
 };
 
 // temperature times the gradient of the sum of losses with respect to the score of rows a and b, as a number for both
-// directions: g_a P_ab + g_b P_ba - w_ab (r_a + r_b). `own` is the weight of pairs within the sample of a.
-template <bool kEdge>
+// directions: g_a P_ab + g_b P_ba - w_ab (r_a + r_b). kFixed is pairs.fixed; `own` is the weight of pairs within the sample of a.
+template <bool kFixed, bool kEdge>
 __device__ inline float pair_gradient(const Pairs& pairs, const RowPlace& at, const PairRow& a, float own,
                                       const PairRow& b, int32_t column, float x) {
   float g;
-  if (pairs.fixed) {
+  if (kFixed) {
     g = power_of_two(fmaf(x, pairs.scale, -pairs.scale)) * (a.strength + b.strength);
   } else {
     g = a.upstream * power_of_two(fmaf(x, pairs.scale, -a.log_partition)) +

@@ -1,6 +1,7 @@
 // Every CUDA kernel. All run on the given stream of the current device and never wait for it.
 #pragma once
 
+#include "../common/contrastive.h"
 #include "../common/kmeans_cuda.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
@@ -37,5 +38,14 @@ void soft_cross_entropy(const SoftCrossEntropy& problem, void* workspace, void* 
 int64_t soft_cross_entropy_workspace(int64_t pairs, bool listed, int64_t rows, int64_t columns);  // in numbers of the losses' dtype
 void soft_cross_entropy_backward(const SoftCrossEntropyBackward& problem, void* stream);
 void sinkhorn_matrix(const SinkhornMatrix& problem, void* stream);
+
+
+// Class losses of rows that fit the current device, on tensor cores; `exact`: fp32 products as accurate as fp32. Workspaces
+// in bytes.
+bool contrastive_fits(int64_t width, DType dtype);
+int64_t contrastive_workspace(const ContrastiveRows& rows, bool exact);
+int64_t contrastive_backward_workspace(const ContrastiveRows& rows, bool exact);
+void contrastive_rows(const ContrastiveForward& problem, void* workspace, bool exact, void* stream);
+void contrastive_rows_backward(const ContrastiveBackward& problem, void* workspace, bool exact, void* stream);
 
 }  // namespace clustops::cuda
