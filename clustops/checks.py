@@ -44,7 +44,7 @@ def values_are_checked(tensor: Tensor) -> bool:
     """Whether this tensor's values may be looked at: never while tracing, on a GPU only when asked for."""
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return False
-    return tensor.device.type == "cpu" or CHECK_VALUES_EVERYWHERE
+    return tensor.is_cpu or CHECK_VALUES_EVERYWHERE
 
 
 def check_tensor(tensor: Any, name: str, stack: str = "torch.stack(views)") -> None:

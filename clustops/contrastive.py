@@ -16,7 +16,7 @@ from .contrastive_rows import (
     check_weights,
     class_loss,
 )
-from .distributed import Group
+from .distributed import Group, errors_reach_all_ranks
 
 
 def ccssl_loss(
@@ -85,21 +85,17 @@ def ccssl_loss(
     positives is the weighted one of its published code, as is ``self_weight="one"``; its tables used
     "confidence".
     """
-    checks.check_choice(self_weight, "self_weight", ("one", "confidence"))
-    views = check_features(features, group)
-    temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
-    options = Options(
-        temperature, check_threshold(threshold), reweight, self_weight == "confidence", normalize
-    )
-    loss = class_loss(
-        views,
-        check_labels(labels, views),
-        check_confidence(confidence, views),
-        check_weights(weights, views),
-        options,
-        how,
-        group,
-    )
+    with errors_reach_all_ranks(group, features):
+        checks.check_choice(self_weight, "self_weight", ("one", "confidence"))
+        views = check_features(features, group)
+        temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
+        options = Options(
+            temperature, check_threshold(threshold), reweight, self_weight == "confidence", normalize
+        )
+        labels = check_labels(labels, views)
+        confidence = check_confidence(confidence, views)
+        weights = check_weights(weights, views)
+    loss = class_loss(views, labels, confidence, weights, options, how, group)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 
@@ -178,17 +174,19 @@ def info_nce_loss(
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020.
     """
-    if isinstance(features, Tensor) and features.ndim == 2:
-        checks.reject(
-            "features",
-            "[N, V, D] (samples, views, features)",
-            checks.shape_of(features),
-            "stack the views: torch.stack([view_1, view_2], dim=1)",
-        )
-    views = check_features(features, group)
-    temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
+    with errors_reach_all_ranks(group, features):
+        if isinstance(features, Tensor) and features.ndim == 2:
+            checks.reject(
+                "features",
+                "[N, V, D] (samples, views, features)",
+                checks.shape_of(features),
+                "stack the views: torch.stack([view_1, view_2], dim=1)",
+            )
+        views = check_features(features, group)
+        temperature, how = check_reduction(temperature, base_temperature, no_positive, reduction)
+        weights = check_weights(weights, views)
     options = Options(temperature, normalize=normalize)
-    return class_loss(views, None, None, check_weights(weights, views), options, how, group)
+    return class_loss(views, None, None, weights, options, how, group)
 
 
 def pseudo_labels(logits: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

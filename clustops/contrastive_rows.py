@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .distributed import Group, all_gather_rows, all_reduce_sum, check_group, rank, world_size
+from .distributed import (
+    Group,
+    all_gather_rows,
+    all_gather_rows_together,
+    all_reduce_sum,
+    check_group,
+    rank,
+    world_size,
+)
+from .native import below_autograd
 from .native import contrastive as _ops  # noqa: F401  defines clustops::contrastive_rows
 
 _warned = False
@@ -106,7 +115,7 @@ def check_labels(labels: Tensor, features: Tensor) -> Tensor:
     check_per_sample(labels, "labels", features)
     if checks.values_are_checked(labels) and labels.numel() and int(labels.min()) < -1:
         checks.reject("labels", "at least -1", int(labels.min()), "give a sample without a class -1")
-    return labels.detach().to(torch.int64)
+    return labels.long()
 
 
 def check_confidence(confidence: Tensor | None, features: Tensor) -> Tensor | None:
@@ -168,32 +177,35 @@ class _ClassLoss(torch.autograd.Function):
         options: Options,
         reduction: Reduction,
         group: Group,
-    ) -> tuple[Tensor, Tensor]:
-        first, count = 0, features.shape[0]
-        if group is not None:
-            features, counts = all_gather_rows(features, group)
-            labels = None if labels is None else all_gather_rows(labels, group)[0]
-            confidence = None if confidence is None else all_gather_rows(confidence, group)[0]
-            first = sum(counts[: rank(group)])
-        rows, lse, weight, norms = torch.ops.clustops.contrastive_rows(
-            features, labels, confidence, first, count, *options
-        )
-        scale = row_scale(rows, weight, weights, reduction, group)
-        scale_tensor = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(features, labels, confidence, all_gather_rows(lse, group)[0], scale_tensor)
-        ctx.scale, ctx.anchors, ctx.options, ctx.group = scale, (first, count), options, group
-        ctx.mark_non_differentiable(norms)
-        return reduce_rows(rows, scale, reduction), norms
+    ) -> Tensor:
+        own, count = (features, confidence), features.shape[0]
+        everyone, counts = all_gather_rows_together((features, labels, confidence), group)
+        features, labels, confidence = everyone
+        first = sum(counts[: rank(group)])
+        with below_autograd():
+            rows, lse, weight, norms = torch.ops.clustops.contrastive_rows(
+                features, labels, confidence, first, count, *options
+            )
+        if checks.values_are_checked(features):
+            _check_values(norms, *own, options, group)
+        scale = row_scale(rows, weight, weights, features.shape[0], reduction, group)
+        lse, _ = all_gather_rows(lse, group, counts)
+        varying = isinstance(scale, Tensor)
+        ctx.save_for_backward(features, labels, confidence, lse, scale if varying else None)
+        ctx.settings = None if varying else scale, counts, first, count, options, group
+        return reduce_rows(rows, scale, reduction)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        features, labels, confidence, lse, scale = ctx.saved_tensors
-        grad = gradients[0] * (ctx.scale if scale is None else scale)
-        grad, _ = all_gather_rows(grad.expand(ctx.anchors[1], features.shape[1]), ctx.group)
-        gradient = torch.ops.clustops.contrastive_rows_backward(
-            grad, features, labels, confidence, lse, *ctx.anchors, *ctx.options
-        )
-        return gradient, *[None] * 6
+        *inputs, lse, varying = ctx.saved_tensors
+        scale, counts, first, count, options, group = ctx.settings
+        grad = gradients[0].expand(count, inputs[0].shape[1]) * (varying if scale is None else scale)
+        grad, _ = all_gather_rows(grad, group, counts)
+        with below_autograd():
+            gradient = torch.ops.clustops.contrastive_rows_backward(
+                grad, *inputs, lse, first, count, *options
+            )
+        return gradient, None, None, None, None, None, None
 
 
 def class_loss(
@@ -206,10 +218,7 @@ def class_loss(
     group: Group,
 ) -> Tensor:
     """The loss of checked arguments: a scalar, or that of rows ``[N, V]``."""
-    loss: Tensor
-    loss, norms = _ClassLoss.apply(features, labels, confidence, weights, options, reduction, group)
-    if checks.values_are_checked(features):
-        _check_values(norms, features, confidence, options, group)
+    loss: Tensor = _ClassLoss.apply(features, labels, confidence, weights, options, reduction, group)
     return loss
 
 
@@ -237,23 +246,28 @@ def _check_values(
 
 
 def row_scale(
-    rows: Tensor, weight: Tensor, weights: Tensor | None, reduction: Reduction, group: Group
+    rows: Tensor,
+    weight: Tensor,
+    weights: Tensor | None,
+    samples: int,
+    reduction: Reduction,
+    group: Group,
 ) -> float | Tensor:
     """What losses of rows ``[N, V]`` are multiplied by, so that over ranks the mean is that of one process.
 
     Args:
         weight: ``[N]``, W of each sample; 0: its rows have no positive.
+        samples: of all ranks.
     """
     scale: float | Tensor = reduction.factor
     if reduction.no_positive == "raise":
         _check_positives(weight > 0, group)
     if reduction.kind != "none":
         scale = scale * world_size(group)
-    if reduction.kind == "mean" and reduction.no_positive != "ignore" and group is None:
-        scale = scale / rows.numel()
+    if reduction.kind == "mean" and reduction.no_positive != "ignore":
+        scale = scale / max(1, samples * rows.shape[1])
     elif reduction.kind == "mean":
-        samples = weight > 0 if reduction.no_positive == "ignore" else torch.ones_like(weight)
-        anchors = all_reduce_sum(samples.sum(), group) * rows.shape[1]
+        anchors = all_reduce_sum((weight > 0).sum(), group) * rows.shape[1]
         scale = scale / anchors.clamp_min(1).to(rows.dtype)
     return scale if weights is None else weights.to(rows.dtype)[:, None] * scale
 

@@ -71,7 +71,7 @@ def weighted_contrastive_loss(
     rows, _, weight = torch.ops.clustops.weighted_contrastive_rows(
         views, pair_weights, first, temperature, normalize
     )
-    loss = reduce_rows(rows, row_scale(rows, weight, weights, how, group), how)
+    loss = reduce_rows(rows, row_scale(rows, weight, weights, views.shape[0], how, group), how)
     return loss.reshape(features.shape[:-1]) if reduction == "none" else loss
 
 

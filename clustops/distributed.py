@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -99,27 +99,79 @@ def all_gather_stack(tensor: Tensor, group: Group) -> Tensor:
     """``[ranks, ...]``: the tensors of all ranks, which have one shape and dtype."""
     if group is None:
         return tensor.unsqueeze(0)
-    parts = [torch.empty_like(tensor) for _ in range(world_size(group))]
-    dist.all_gather(parts, tensor.detach().contiguous(), group=group)
-    return torch.stack(parts)
+    result = tensor.detach().new_empty((world_size(group), *tensor.shape))
+    dist.all_gather(list(result), tensor.detach().contiguous(), group=group)
+    return result
 
 
-def all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, list[int]]:
+def errors_reach_all_ranks(group: Group, rows: Any) -> AbstractContextManager[None]:
+    """An error of this rank's arguments becomes one of the ranks that wait for its ``rows``.
+
+    For checks before ``all_gather_rows``: without it the other ranks wait until this process ends. It costs
+    no collective.
+    """
+    check_group(group)
+    return nullcontext() if group is None else _telling(group, getattr(rows, "device", None))
+
+
+@contextmanager
+def _telling(group: Group, device: torch.device | None) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError):
+        all_gather_stack(torch.tensor([-1, -1], device=device), group)
+        raise
+
+
+def _counts_of_rows(tensor: Tensor, group: Group) -> list[int]:
+    n, row_bytes = tensor.shape[0], tensor.shape[1:].numel() * tensor.element_size()
+    sizes = all_gather_stack(torch.tensor([n, row_bytes], device=tensor.device), group).tolist()
+    failed = [r for r, (count, _) in enumerate(sizes) if count < 0]
+    if failed:
+        got = f"an error on rank {failed[0]}"
+        reject("arguments", "valid on all ranks", got, "look at the message of that rank")
+    if len({size for _, size in sizes}) > 1:
+        got = f"rows of {', '.join(str(size) for _, size in sizes)} bytes"
+        cure = "pass the same arguments, of one dtype and one shape but for their number, on each rank"
+        reject("rows", "of one size on all ranks", got, cure)
+    return [count for count, _ in sizes]
+
+
+def all_gather_rows(
+    tensor: Tensor, group: Group, counts: list[int] | None = None
+) -> tuple[Tensor, list[int]]:
     """Rows of all ranks in rank order, and how many each rank gave. Shards may differ in size, or be empty.
 
     Args:
         tensor: ``[N_rank, ...]`` with trailing sizes and dtype equal on all ranks.
+        counts: how many rows each rank gives, where that is known: one collective less.
     """
     if group is None:
         return tensor, [tensor.shape[0]]
-    size = torch.tensor(tensor.shape[0], dtype=torch.int64, device=tensor.device)
-    counts: list[int] = all_gather_stack(size, group).tolist()
+    if counts is None:
+        counts = _counts_of_rows(tensor, group)
     longest = max(counts)
+    if min(counts) == longest:
+        return all_gather_stack(tensor, group).flatten(0, 1), counts
     # Collectives want equal shapes: pad to the longest shard, cut after.
     padded = tensor.detach().new_zeros((longest, *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor.detach()
     parts = all_gather_stack(padded, group)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]), counts
+
+
+def all_gather_rows_together(tensors: Sequence[Any], group: Group) -> tuple[list[Any], list[int]]:
+    """``all_gather_rows`` of tensors in one collective, as bytes; all but the first may be ``None``."""
+    if group is None:
+        return list(tensors), [tensors[0].shape[0]]
+    given = [t.detach() for t in tensors if t is not None]
+    flat = [t.reshape(t.shape[0], t.shape[1:].numel()).view(torch.uint8) for t in given]
+    rows, counts = all_gather_rows(torch.cat(flat, 1), group)
+    parts = iter(rows.split([t.shape[1] for t in flat], 1))
+    n = rows.shape[0]
+    return [
+        None if t is None else next(parts).contiguous().view(t.dtype).view(n, *t.shape[1:]) for t in tensors
+    ], counts
 
 
 class _SumOverRanks(torch.autograd.Function):

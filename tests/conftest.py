@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from paths import EVERYWHERE, ON_CPU, instruction_sets, served_by
 
 from clustops import native
 
@@ -28,10 +29,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-def instruction_sets() -> list[str]:
-    return native.extension.instruction_sets() if native.extension else []
-
-
 @pytest.fixture(params=instruction_sets())
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each set of CPU kernels that this machine can run, in use for the test."""
@@ -39,3 +36,17 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     native.extension.use_instruction_set(request.param)
     yield request.param
     native.extension.use_instruction_set(before)
+
+
+@pytest.fixture(params=EVERYWHERE)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Everything that may serve the ops, in use for the test."""
+    with served_by(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ON_CPU)
+def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As ``path``, without the GPU, which forked processes cannot use."""
+    with served_by(request.param):
+        yield request.param

@@ -23,6 +23,8 @@ from clustops.contrastive_modules import CCSSLLoss, InfoNCELoss, SupConLoss
 from clustops.contrastive_weighted import weighted_contrastive_loss
 from clustops.reference import contrastive as reference
 
+pytestmark = pytest.mark.usefixtures("path")
+
 ANGLES = torch.deg2rad(torch.tensor([[10, 20], [40, 35], [100, 120]], dtype=torch.float64))
 EXAMPLE = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=-1)
 LABELS = torch.tensor([0, 0, 1])

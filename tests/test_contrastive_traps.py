@@ -19,6 +19,8 @@ from clustops.contrastive import ccssl_loss, info_nce_loss, supcon_loss
 from clustops.contrastive_weighted import weighted_contrastive_loss
 from clustops.reference import contrastive as reference
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 def unit_rows(n: int, v: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     rows = torch.randn(n, v, d, dtype=torch.float64, generator=generator(seed))

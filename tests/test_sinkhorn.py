@@ -22,7 +22,10 @@ from clustops.checks import ClustopsWarning
 from clustops.sinkhorn import assign_from_potentials, sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_matrix import sinkhorn_matrix
 
-pytestmark = pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning")
+pytestmark = [
+    pytest.mark.usefixtures("path"),
+    pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning"),
+]
 
 double = torch.float64
 

@@ -18,7 +18,10 @@ from clustops.checks import ClustopsWarning
 from clustops.sinkhorn import sinkhorn, sinkhorn_potentials
 from clustops.sinkhorn_loss import soft_cross_entropy, swapped_prediction_loss
 
-pytestmark = pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning")
+pytestmark = [
+    pytest.mark.usefixtures("path"),
+    pytest.mark.filterwarnings("ignore::clustops.checks.ClustopsWarning"),
+]
 
 double = torch.float64
 REDUCTIONS = ("mean", "sum", "none")
