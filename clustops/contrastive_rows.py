@@ -233,8 +233,8 @@ def _check_values(
         if confidence is not None:
             _check_probabilities(confidence)
         if group is not None:
-            others = "others on another rank"
-            checks.reject("features", "finite on all ranks", others, "look at that rank's message")
+            expected, cure = "finite, and confidence in [0, 1], on all ranks", "look at that rank's message"
+            checks.reject("features", expected, "others on another rank", cure)
     elif not (_warned or options.normalize) and (least < 0.9 or greatest > 1.1):
         _warned = True
         warnings.warn(

@@ -168,10 +168,13 @@ def all_gather_rows_together(tensors: Sequence[Any], group: Group) -> tuple[list
     flat = [t.reshape(t.shape[0], t.shape[1:].numel()).view(torch.uint8) for t in given]
     rows, counts = all_gather_rows(torch.cat(flat, 1), group)
     parts = iter(rows.split([t.shape[1] for t in flat], 1))
-    n = rows.shape[0]
-    return [
-        None if t is None else next(parts).contiguous().view(t.dtype).view(n, *t.shape[1:]) for t in tensors
-    ], counts
+
+    def of_rows(t: Tensor) -> Tensor:
+        # A clone is aligned; contiguous() would leave a single row where it is.
+        part = next(parts).clone(memory_format=torch.contiguous_format)
+        return part.view(t.dtype).view(rows.shape[0], *t.shape[1:])
+
+    return [None if t is None else of_rows(t) for t in tensors], counts
 
 
 class _SumOverRanks(torch.autograd.Function):

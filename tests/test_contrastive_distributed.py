@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import math
+import multiprocessing
+import os
+import signal
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import generator, run_ranks
+import torch.distributed as dist
+from support import assert_close, generator, run_ranks
 from torch import Tensor
 
-from clustops.contrastive import ccssl_loss, info_nce_loss
+from clustops.contrastive import ccssl_loss, info_nce_loss, supcon_loss
 from clustops.contrastive_weighted import weighted_contrastive_loss
 
+everywhere = pytest.mark.usefixtures("cpu_path")
+
+double = torch.float64
 SHARDS = {2: (4, 5), 4: (3, 1, 0, 5)}
 N, V, D = 9, 2, 6
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     g = generator(0)
-    features = torch.randn(N, V, D, dtype=torch.float64, generator=g)
+    features = torch.randn(N, V, D, dtype=double, generator=g)
     labels = torch.tensor([0, 2**40, 0, -1, 2**40, 0, 3, 3, 7])
-    confidence = torch.rand(N, dtype=torch.float64, generator=g)
+    confidence = torch.rand(N, dtype=double, generator=g)
     return features, labels, confidence, torch.rand(N, generator=g), torch.rand(N, N, generator=g)
 
 
 def loss_of(kind: str, group: Any, part: slice, features: Tensor, **options: Any) -> Tensor:
     _, labels, confidence, weights, pair_weights = batch()
-    options |= {"normalize": True, "temperature": 0.3, "weights": weights[part], "group": group}
+    options = {"normalize": True, "temperature": 0.3, "weights": weights[part], "group": group} | options
     if kind == "ccssl":
         return ccssl_loss(features, labels[part], confidence[part], threshold=0.3, **options)
     if kind == "info_nce":
         return info_nce_loss(features, **options)
+    if kind == "one view":  # two rows have no positive
+        return supcon_loss(features[:, 0], labels[part], **options)
     pair_weights = torch.where(pair_weights > 0.5, pair_weights, 0)
     pair_weights[0] = 0
     return weighted_contrastive_loss(features, pair_weights[part], **options)
@@ -41,52 +54,74 @@ def part_of(rank: int, world: int) -> slice:
     return slice(first, first + SHARDS[world][rank])
 
 
-def rank_losses(rank: int, world: int, kinds: tuple[str, ...], options: list[dict[str, Any]]) -> list[Any]:
-    import torch.distributed as dist
-
-    results = []
-    part = part_of(rank, world)
-    upstream = torch.randn(N, V, dtype=torch.float64, generator=generator(1))[part]
-    for kind in kinds:
-        for option in options:
-            features = batch()[0][part].requires_grad_()
-            loss = loss_of(kind, dist.group.WORLD, part, features, **option)
-            (loss * upstream if loss.ndim else loss).sum().backward()
-            results.append((loss.detach(), features.grad))
-    return results
+Case = tuple[str, dict[str, Any]]
 
 
+def value_and_gradient(case: Case, group: Any, part: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss with random upstream gradients where it is one of rows."""
+    kind, options = case
+    features = batch()[0][part].to(dtype).requires_grad_()
+    upstream = torch.randn(N, V, dtype=double, generator=generator(1))[part]
+    loss = loss_of(kind, group, part, features, **options)
+    (loss * upstream.to(loss.dtype) if loss.ndim else loss).sum().backward()
+    assert features.grad is not None
+    return loss.detach(), features.grad
+
+
+def rank_losses(rank: int, world: int, cases: list[Case], dtype: torch.dtype) -> list[Any]:
+    return [value_and_gradient(case, dist.group.WORLD, part_of(rank, world), dtype) for case in cases]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"reduction": "mean"},
+    {"reduction": "mean", "weights": None, "base_temperature": 0.1},
+    {"reduction": "mean", "no_positive": "ignore"},
+    {"reduction": "sum"},
+]
+SCALARS = [(kind, o) for kind in ("ccssl", "info_nce", "one view", "weighted") for o in OPTIONS]
+SCALARS += [("ccssl", {"no_positive": "raise"}), ("ccssl", {"self_weight": "confidence", "reweight": False})]
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [double, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_mean_over_unequal_ranks_is_one_process(world: int) -> None:
-    kinds = ("ccssl", "info_nce", "weighted")
-    options: list[dict[str, Any]] = [
-        {"reduction": "mean"},
-        {"reduction": "mean", "no_positive": "ignore"},
-        {"reduction": "sum"},
-    ]
-    ranks = run_ranks(world, rank_losses, kinds, options)
-    cases = [(kind, option) for kind in kinds for option in options]
-    for case, ((kind, option), parts) in enumerate(zip(cases, zip(*ranks, strict=True), strict=True)):
-        features = batch()[0].requires_grad_()
-        expected = loss_of(kind, None, slice(None), features, **option)
-        expected.backward()
-        mean = torch.stack([loss for loss, _ in parts]).mean()
-        torch.testing.assert_close(mean, expected.detach(), msg=lambda m, c=cases[case]: f"{c}: {m}")
+def test_the_mean_over_unequal_ranks_is_one_process(world: int, dtype: torch.dtype) -> None:
+    ranks = run_ranks(world, rank_losses, SCALARS, dtype)
+    wide = double if dtype == double else torch.float32
+    for case, parts in zip(SCALARS, zip(*ranks, strict=True), strict=True):
+        expected, expected_gradient = value_and_gradient(case, None, slice(None), dtype)
+        assert_close(torch.stack([loss for loss, _ in parts]).mean(), expected, wide)
         # The mean over ranks of a gradient in shared parameters is one rank's share divided by their number.
         gradient = torch.cat([g for _, g in parts]) / world
-        torch.testing.assert_close(gradient, features.grad, msg=lambda m, c=cases[case]: f"{c}: {m}")
+        assert gradient.dtype == dtype
+        assert_close(gradient, expected_gradient, dtype)
+        # Rounded once, at the end, nearly all numbers of a narrow gradient are the same bits.
+        if dtype == torch.bfloat16:
+            assert (gradient == expected_gradient).double().mean() > 0.95, case
 
 
+@everywhere
 def test_rows_of_ranks_are_rows_of_one_process_with_their_own_upstream_gradients() -> None:
-    kinds = ("ccssl", "weighted")
-    ranks = run_ranks(2, rank_losses, kinds, [{"reduction": "none"}])
-    upstream = torch.randn(N, V, dtype=torch.float64, generator=generator(1))
-    for kind, parts in zip(kinds, zip(*ranks, strict=True), strict=True):
-        features = batch()[0].requires_grad_()
-        expected = loss_of(kind, None, slice(None), features, reduction="none")
-        (expected * upstream).sum().backward()
-        torch.testing.assert_close(torch.cat([loss for loss, _ in parts]), expected.detach())
-        torch.testing.assert_close(torch.cat([g for _, g in parts]), features.grad)
+    cases: list[Case] = [(kind, {"reduction": "none"}) for kind in ("ccssl", "weighted")]
+    ranks = run_ranks(2, rank_losses, cases, double)
+    for case, parts in zip(cases, zip(*ranks, strict=True), strict=True):
+        expected = value_and_gradient(case, None, slice(None), double)
+        for whole, shards in zip(expected, zip(*parts, strict=True), strict=True):
+            torch.testing.assert_close(torch.cat(shards), whole)
+
+
+def empty_group(rank: int, world: int) -> tuple[Tensor, Tensor | None]:
+    features = torch.zeros(0, 2, 3, requires_grad=True)
+    loss = ccssl_loss(features, torch.zeros(0, dtype=torch.int64), torch.zeros(0), group=dist.group.WORLD)
+    loss.backward()
+    return loss.detach(), features.grad
+
+
+@everywhere
+def test_a_group_without_samples_has_loss_zero() -> None:
+    for loss, gradient in run_ranks(2, empty_group):
+        assert loss == 0
+        assert gradient is not None
 
 
 def model_and_input() -> tuple[torch.nn.Linear, Tensor]:
@@ -97,54 +132,134 @@ def model_and_input() -> tuple[torch.nn.Linear, Tensor]:
     return model, torch.randn(N, V, D, dtype=torch.float64, generator=generator(4))
 
 
-def ddp_gradients(rank: int, world: int, kind: str) -> list[Tensor]:
-    import torch.distributed as dist
+def ddp_gradients(rank: int, world: int, kind: str, dtype: torch.dtype) -> list[Tensor]:
     from torch.nn.parallel import DistributedDataParallel
 
-    model, x = model_and_input()
+    model, x = (m.to(dtype) for m in model_and_input())
     part = part_of(rank, world)
     wrapped = DistributedDataParallel(model)
     loss_of(kind, dist.group.WORLD, part, wrapped(x[part])).backward()
     return [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["ccssl", "weighted"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_data_parallel_gradients_are_those_of_one_process(world: int, kind: str) -> None:
-    model, x = model_and_input()
+@pytest.mark.parametrize(
+    ("world", "kind", "dtype"),
+    [
+        (2, "ccssl", double),
+        (4, "ccssl", torch.float32),
+        (2, "weighted", torch.float32),
+        (4, "weighted", double),
+    ],
+)
+def test_data_parallel_gradients_are_those_of_one_process(world: int, kind: str, dtype: torch.dtype) -> None:
+    model, x = (m.to(dtype) for m in model_and_input())
     loss_of(kind, None, slice(None), model(x)).backward()
-    for gradients in run_ranks(world, ddp_gradients, kind):
+    for gradients in run_ranks(world, ddp_gradients, kind, dtype):
         for gradient, parameter in zip(gradients, model.parameters(), strict=True):
-            torch.testing.assert_close(gradient, parameter.grad)
+            assert_close(gradient, parameter.grad, dtype)
 
 
-def low_precision(rank: int, world: int) -> tuple[Tensor, Tensor]:
-    import torch.distributed as dist
+def collectives_of_a_rank(rank: int, world: int, options: dict[str, Any]) -> dict[str, list[tuple[str, int]]]:
+    """(collective, bytes this rank gives) of the class loss, forward and backward."""
+    seen: list[tuple[str, int]] = []
 
-    features = batch()[0][part_of(rank, world)].bfloat16().requires_grad_()
-    loss = loss_of("weighted", dist.group.WORLD, part_of(rank, world), features)
-    loss.backward()
-    return loss.detach(), features.grad
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(dist, name)
+
+        def call(*tensors: Any, **settings: Any) -> Any:
+            seen.append((name, tensors[-1].nbytes))
+            return original(*tensors, **settings)
+
+        return call
+
+    part = part_of(rank, world)
+    features = batch()[0][part].float().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_gather", "all_reduce"):
+            patch.setattr(dist, name, counted(name))
+        for name in ("broadcast", "barrier", "reduce", "reduce_scatter", "all_gather_object", "all_to_all"):
+            patch.setattr(dist, name, lambda *_, **__: pytest.fail("another collective"))
+        loss = loss_of("ccssl", dist.group.WORLD, part, features, **options)
+        forward = list(seen)
+        seen.clear()
+        loss.sum().backward()
+    return {"forward": forward, "backward": seen}
 
 
-def test_low_precision_gradients_are_summed_over_ranks_in_fp32() -> None:
-    parts = run_ranks(2, low_precision)
-    features = batch()[0].bfloat16().requires_grad_()
-    expected = loss_of("weighted", None, slice(None), features)
-    expected.backward()
-    torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, expected.detach())
-    assert parts[0][1].dtype == torch.bfloat16
-    # Rounded once, at the end, nearly all numbers are the same bits.
-    same = torch.cat([g for _, g in parts]) / 2 == features.grad
-    assert same.double().mean() > 0.95
+@pytest.mark.parametrize("options", [{}, {"no_positive": "ignore"}, {"reduction": "none"}], ids=str)
+def test_ranks_gather_samples_and_numbers_per_row_but_no_gradients_of_features(
+    options: dict[str, Any],
+) -> None:
+    longest = max(SHARDS[4])
+    sizes, sample, row = ("all_gather", 16), 4 * V * D + 8 + 8, ("all_gather", 4 * V * longest)
+    anchors = [("all_reduce", 8)] if "no_positive" in options else []
+    for found in run_ranks(4, collectives_of_a_rank, options):
+        assert found["forward"] == [sizes, ("all_gather", sample * longest), *anchors, row]
+        assert found["backward"] == [row]
+
+
+def wrong_on_rank_0() -> dict[str, tuple[dict[str, Any], str, str]]:
+    """Changed arguments of rank 0, and the beginnings of the messages of rank 0 and 1."""
+    features, labels, confidence, weights, _ = (t[part_of(0, 2)] for t in batch())
+    features, nan = features.float(), torch.tensor([math.nan, 1, 1, 1])
+    there = "arguments must be valid on all ranks, got an error on rank 0"
+    values = "features must be finite, and confidence in [0, 1], on all ranks"
+    uneven = "rows must be of one size on all ranks, got rows of"
+    return {
+        "features": (
+            {"features": features * nan[:, None, None]},
+            "features must be finite, got 12 NaN",
+            values,
+        ),
+        "confidence": ({"confidence": confidence + 1}, "confidence must be in [0, 1]", values),
+        "a NaN": ({"confidence": confidence * nan}, "confidence must be finite, got 1 NaN", values),
+        "labels": ({"labels": labels - 2}, "labels must be at least -1", there),
+        "weights": ({"weights": weights * nan}, "weights must be finite, got 1 NaN", there),
+        "shape": ({"labels": labels[1:]}, "labels must be [N]", there),
+        "type": ({"features": None}, "features must be a tensor, got NoneType", there),
+        "option": ({"temperature": 0}, "temperature must be finite and above 0", there),
+        "views": (
+            {"features": features.repeat(1, 2, 1)},
+            f"{uneven} 112, 64 bytes",
+            f"{uneven} 112, 64 bytes",
+        ),
+        "no confidence": ({"confidence": None}, f"{uneven} 56, 64 bytes", f"{uneven} 56, 64 bytes"),
+    }
+
+
+def messages_of_a_rank(rank: int, world: int) -> dict[str, str]:
+    features, labels, confidence, weights, _ = (t[part_of(rank, world)] for t in batch())
+    good = {
+        "features": features.float(),
+        "labels": labels,
+        "confidence": confidence,
+        "weights": weights,
+        "normalize": True,
+        "group": dist.group.WORLD,
+    }
+    found = {}
+    for name, (changed, *_) in wrong_on_rank_0().items():
+        try:
+            ccssl_loss(**(good | changed if rank == 0 else good))
+            found[name] = "no error"
+        except (TypeError, ValueError) as error:
+            found[name] = str(error)
+    assert ccssl_loss(**good).isfinite(), "the ranks still march in step"
+    return found
+
+
+@everywhere
+def test_a_bad_argument_of_one_rank_is_an_error_on_all() -> None:
+    first, second = run_ranks(2, messages_of_a_rank)
+    for name, (_, here, there) in wrong_on_rank_0().items():
+        assert first[name].startswith(here), (name, first[name])
+        assert second[name].startswith(there), (name, second[name])
 
 
 def rejected(rank: int, world: int) -> str:
-    import torch.distributed as dist
-
     labels = (torch.tensor([0, 0, 1]), torch.tensor([0, 0, 0]))[rank]
     try:
-        ccssl_loss(torch.ones(3, 1, 2), labels, no_positive="raise", group=dist.group.WORLD)
+        ccssl_loss(torch.ones(3, 1, 2), labels, normalize=True, no_positive="raise", group=dist.group.WORLD)
     except ValueError as error:
         return str(error)
     return "nothing"
@@ -153,3 +268,40 @@ def rejected(rank: int, world: int) -> str:
 def test_all_ranks_reject_a_row_without_positives_on_one() -> None:
     for message in run_ranks(2, rejected):
         assert "1 samples without one" in message
+
+
+def train_until_rank_1_dies(rank: int, folder: str, how: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    part = part_of(rank, 2)
+    try:
+        for step in range(1000):
+            features = batch()[0][part].requires_grad_()
+            loss = loss_of("ccssl", dist.group.WORLD, part, features)
+            if rank == 1 and step == 3:  # the other waits for it in backward
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise OSError("the disk is gone")
+            loss.backward()
+    except BaseException:
+        Path(f"{folder}/{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)  # as a trainer ends: no farewell to the group
+
+
+@pytest.mark.parametrize("how", ["raised", "killed"])
+def test_a_rank_that_dies_ends_the_others_with_an_error(how: str, tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=train_until_rank_1_dies, args=(r, str(tmp_path), how)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        for process in ranks:
+            process.join(timeout=60)
+        assert [process.exitcode for process in ranks] == [1, 1 if how == "raised" else -signal.SIGKILL]
+    finally:
+        for process in ranks:
+            process.kill()
+    error = (tmp_path / "0.error").read_text()
+    assert "RuntimeError" in error
+    assert "in backward" in error
+    assert "the disk is gone" not in error
