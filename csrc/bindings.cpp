@@ -538,6 +538,50 @@ void bind_sinkhorn_loss_cuda(py::module_& m) {
       release());
 }
 
+void bind_contrastive_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "contrastive_cuda_workspace",
+      [](const Tensor& features, int64_t first, int64_t count, bool exact, bool backward) -> int64_t {
+        clustops::expect_dims(features, "features", 3);
+        const int64_t* shape = features.shape;
+        if (!cuda::contrastive_fits(shape[2], features.dtype)) return 0;
+        const clustops::ContrastiveRows rows{nullptr, features.dtype, shape[0], shape[1], shape[2], first, count, 1, false};
+        return backward ? cuda::contrastive_backward_workspace(rows, exact) : cuda::contrastive_workspace(rows, exact);
+      },
+      "bytes; 0 where the kernels of the current device do not take such features");
+  m.def(
+      "contrastive_rows_cuda",
+      [](const Tensor& features, const Maybe& labels, const Maybe& confidence, int64_t first, int64_t count,
+         double temperature, double threshold, bool reweight, bool own_confidence, bool normalize, const Tensor& loss,
+         const Tensor& lse, const Tensor& weight, const Tensor& norms, const Tensor& workspace, bool exact,
+         uintptr_t stream) {
+        const auto problem =
+            clustops::contrastive_arguments(features, pointer(labels), pointer(confidence), first, count,
+                                            {temperature, threshold, reweight, own_confidence, normalize}, loss, lse,
+                                            weight, norms, Device::cuda);
+        clustops::expect(workspace, "workspace", clustops::DType::i32, Device::cuda,
+                         {cuda::contrastive_workspace(problem.rows, exact) / 4});
+        cuda::contrastive_rows(problem, workspace.data, exact, reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "contrastive_rows_backward_cuda",
+      [](const Tensor& upstream, const Tensor& features, const Maybe& labels, const Maybe& confidence,
+         const Tensor& lse, int64_t first, int64_t count, double temperature, double threshold, bool reweight,
+         bool own_confidence, bool normalize, const Tensor& gradient, const Tensor& workspace, bool exact,
+         uintptr_t stream) {
+        const auto problem = clustops::contrastive_backward_arguments(
+            upstream, features, pointer(labels), pointer(confidence), lse, first, count,
+            {temperature, threshold, reweight, own_confidence, normalize}, gradient, Device::cuda);
+        clustops::expect(workspace, "workspace", clustops::DType::i32, Device::cuda,
+                         {cuda::contrastive_backward_workspace(problem.rows, exact) / 4});
+        cuda::contrastive_rows_backward(problem, workspace.data, exact, reinterpret_cast<void*>(stream));
+      },
+      release());
+}
+
 void bind_sinkhorn_cuda(py::module_& m) {
   namespace cuda = clustops::cuda;
   using release = py::call_guard<py::gil_scoped_release>;
@@ -611,5 +655,6 @@ PYBIND11_MODULE(_kernels, m) {
   bind_kmeans_iterate_cuda(m);
   bind_sinkhorn_cuda(m);
   bind_sinkhorn_loss_cuda(m);
+  bind_contrastive_cuda(m);
 #endif
 }

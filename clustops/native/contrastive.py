@@ -10,9 +10,11 @@ from torch.nn.functional import pad
 
 from ..reference import contrastive_rows as reference
 from . import contrastive_cpu as cpu
+from . import contrastive_cuda as cuda
 from . import extension, register
 
 _cpu = hasattr(extension, "contrastive_rows")
+_cuda = hasattr(extension, "contrastive_rows_cuda")
 
 _OPTIONS = "float temperature, float threshold, bool reweight, bool own_confidence, bool normalize"
 
@@ -62,6 +64,7 @@ register(
     reference=reference.contrastive_rows_backward,
     fake=_backward_fake,
     cpu=cpu.contrastive_rows_backward if _cpu else None,
+    cuda=cuda.contrastive_rows_backward if _cuda else None,
 )
 register(
     "contrastive_rows(Tensor features, Tensor? labels, Tensor? confidence, SymInt first, SymInt count, "
@@ -69,6 +72,7 @@ register(
     reference=reference.contrastive_rows,
     fake=_rows_fake,
     cpu=cpu.contrastive_rows if _cpu else None,
+    cuda=cuda.contrastive_rows if _cuda else None,
     setup_context=_save,
     backward=_differentiate,
 )

@@ -133,7 +133,7 @@ struct Plan {
     p = prepared_rows(r.samples, r.views, r.width, operand, false, workspace, &bytes);
     columns = columns_for(p.chunks);
     m = p.rows >= kManyRows && p.chunks <= 4 ? 2 : 1;
-    split = split_of(p.padded, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
+    split = split_of(p.rows, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
     const int64_t rows = split.row_blocks * 64 * m;
     sums = reinterpret_cast<RowSums*>(static_cast<unsigned char*>(workspace) + bytes);
     bytes += split.splits * rows * static_cast<int64_t>(sizeof(RowSums));
@@ -167,7 +167,7 @@ int64_t contrastive_workspace(const ContrastiveRows& rows, bool exact) {
 }
 
 bool contrastive_fits(int64_t width, DType dtype) {
-  if (dtype == DType::f64 || width > kMostWidth) return false;
+  if (dtype == DType::f64 || width < 1 || width > kMostWidth) return false;
   const int64_t limit = most_shared();
   return backward_shared_bytes(width, operand_of(dtype, true), limit) <= limit;
 }
@@ -175,6 +175,7 @@ bool contrastive_fits(int64_t width, DType dtype) {
 void contrastive_rows(const ContrastiveForward& problem, void* workspace, bool exact, void* stream) {
   const ContrastiveRows& r = problem.rows;
   const Operand operand = operand_of(r.dtype, exact);
+  expect_few(r);
   const Plan plan(r, operand, workspace);
   prepare(problem, plan.p, plan.tickets, plan.split.row_blocks, stream);
   const ForwardTask t{plan.p,

@@ -178,7 +178,7 @@ struct Plan {
     columns = columns_for(p.chunks);
     features = r.width <= 64 ? 64 : r.width <= 128 ? 128 : 256;
     m = p.rows >= kManyRows && features <= 128 && bytes_of(operand) == 2 ? 2 : 1;
-    split = split_of(p.padded, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
+    split = split_of(p.rows, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
     sums = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + bytes);
     if (split.splits > 1) bytes += split.splits * split.row_blocks * 64 * m * features * 4;
     tickets = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + bytes);
@@ -222,6 +222,7 @@ int64_t contrastive_backward_workspace(const ContrastiveRows& rows, bool exact) 
 void contrastive_rows_backward(const ContrastiveBackward& problem, void* workspace, bool exact, void* stream) {
   const ContrastiveRows& r = problem.rows;
   const Operand operand = operand_of(r.dtype, exact);
+  expect_few(r);
   const Plan plan(r, operand, workspace);
   if (plan.split.units() == 0) return;
   prepare(problem, plan.p, plan.tickets, plan.split.row_blocks, stream);

@@ -75,7 +75,7 @@ struct Prepared {
   }
 };
 
-// The arrays from `base` on, which is aligned to 1024 bytes; *bytes is how many they take.
+// The arrays from `base` on, which is aligned to 16 bytes; *bytes is how many they take.
 inline Prepared prepared_rows(int64_t samples, int64_t views, int64_t width, Operand operand, bool backward,
                               void* base, int64_t* bytes) {
   Prepared p{};

@@ -42,12 +42,12 @@ struct Split {
   CLUSTOPS_HOST_DEVICE int64_t begin(int split) const { return columns * split / splits; }
 };
 
-// Row blocks of `rows` rows for anchors [first, last), columns in tiles of `columns`; at most `most` parts.
-inline Split split_of(int64_t padded, int64_t first, int64_t last, int rows, int columns, int most) {
+// Row blocks of `rows` rows for anchors [first, last), all rows in tiles of `columns` columns; at most `most` parts.
+inline Split split_of(int64_t all, int64_t first, int64_t last, int rows, int columns, int most) {
   Split split{};
   split.first_row = first / kTileRows * kTileRows;
   split.row_blocks = last > first ? divide_up(last - split.first_row, rows) : 0;
-  split.columns = padded / columns;
+  split.columns = divide_up(all, columns);
   split.splits = 1;
   double least = 0;
   for (int s = 1; s <= most && s <= split.columns && split.row_blocks > 0; ++s) {
@@ -177,6 +177,11 @@ __device__ void finish_gradient(const BackwardTask& t, int64_t a, const float (&
     const float dz = value[e] * scale;
     assign(gradient[d], t.pairs.normalized ? fmaf(-z[e], dot, dz) * inverse : dz);
   }
+}
+
+// Rows are counted in 32 bits where pairs of them are; all pairs of more would take days.
+inline void expect_few(const ContrastiveRows& r) {
+  if (r.samples * r.views >= (int64_t{1} << 30)) throw std::invalid_argument("features must have below 2^30 rows");
 }
 
 inline Pairs pairs_of(const ContrastiveRows& r) {

@@ -1,0 +1,88 @@
+"""Contrastive losses of rows on a GPU: results allocated, kernels called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import contrastive_rows as reference
+from . import extension, view
+
+
+def contrastive_rows(
+    features: Tensor,
+    labels: Tensor | None,
+    confidence: Tensor | None,
+    first: int,
+    count: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``clustops::contrastive_rows``."""
+    features, exact = features.detach().contiguous(), _exact()
+    with torch.cuda.device(features.device):
+        size = extension.contrastive_cuda_workspace(view(features), first, count, exact, False)
+        if size == 0:
+            return reference.contrastive_rows(features, labels, confidence, first, count, *options)
+        loss = features.new_empty((count, features.shape[1]), dtype=torch.float32)
+        lse, weight, norms = torch.empty_like(loss), loss.new_empty(count), loss.new_empty(2)
+        extension.contrastive_rows_cuda(
+            *_views(features, labels, confidence),
+            first,
+            count,
+            *options,
+            *_views(loss, lse, weight, norms, _workspace(features, size)),
+            exact,
+            _stream(features),
+        )
+    return loss, lse, weight, norms
+
+
+def contrastive_rows_backward(
+    grad: Tensor,
+    features: Tensor,
+    labels: Tensor | None,
+    confidence: Tensor | None,
+    lse: Tensor,
+    first: int,
+    count: int,
+    *options: Any,
+) -> Tensor:
+    """``clustops::contrastive_rows_backward``."""
+    features, exact = features.detach().contiguous(), _exact()
+    with torch.cuda.device(features.device):
+        size = extension.contrastive_cuda_workspace(view(features), first, count, exact, True)
+        if size == 0:
+            return reference.contrastive_rows_backward(
+                grad, features, labels, confidence, lse, first, count, *options
+            )
+        gradient = features.new_empty((count, *features.shape[1:]))
+        extension.contrastive_rows_backward_cuda(
+            view(grad.detach().to(lse.dtype)),
+            *_views(features, labels, confidence, lse),
+            first,
+            count,
+            *options,
+            *_views(gradient, _workspace(features, size)),
+            exact,
+            _stream(features),
+        )
+    return gradient
+
+
+def _views(*tensors: Tensor | None) -> tuple[object, ...]:
+    return tuple(None if t is None else view(t.contiguous()) for t in tensors)
+
+
+def _workspace(features: Tensor, size: int) -> Tensor:
+    return features.new_empty(size // 4, dtype=torch.int32)
+
+
+def _exact() -> bool:
+    """Whether fp32 products keep all bits; TF32 has eleven."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def _stream(x: Tensor) -> int:
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
