@@ -187,7 +187,7 @@ class _ClassLoss(torch.autograd.Function):
                 features, labels, confidence, first, count, *options
             )
         if checks.values_are_checked(features):
-            _check_values(norms, *own, options, group)
+            check_values(norms, *own, options, group)
         scale = row_scale(rows, weight, weights, features.shape[0], reduction, group)
         lse, _ = all_gather_rows(lse, group, counts)
         varying = isinstance(scale, Tensor)
@@ -222,7 +222,7 @@ def class_loss(
     return loss
 
 
-def _check_values(
+def check_values(
     norms: Tensor, features: Tensor, confidence: Tensor | None, options: Options, group: Group
 ) -> None:
     """Raise if a value is out of range, which the op tells by NaN; warn, once a process, of odd norms."""

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <memory>
 #include <new>
 #include <optional>
@@ -295,6 +296,36 @@ void bind_sinkhorn(py::module_& m) {
         cpu::kernels().sinkhorn_assign(
             clustops::sinkhorn_assign_arguments(scores, potentials, assignments, room.view, room.size(), epsilon, hard,
                                                 Device::cpu),
+            threads);
+      },
+      release());
+}
+
+// A block of anchors and columns: views, first, row, rows, column, columns.
+using Place = std::array<int64_t, 6>;
+
+clustops::WeightedPlace place_of(const Place& p) { return {p[0], p[1], p[2], p[3], p[4], p[5]}; }
+
+void bind_contrastive_weighted(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "weighted_sums",
+      [](const Tensor& products, const Tensor& weights, const Tensor& shift, const Tensor& partition,
+         const Tensor& weighted, const Tensor& total, const Place& place, double temperature, bool mirrored,
+         int threads) {
+        cpu::kernels().weighted_sums(
+            clustops::weighted_sums_arguments(products, weights, shift, partition, weighted, total, place_of(place),
+                                              temperature, mirrored, Device::cpu),
+            threads);
+      },
+      release());
+  m.def(
+      "weighted_gradient",
+      [](const Tensor& products, const Tensor& weights, const Tensor& grad, const Tensor& lse, const Tensor& share,
+         const Place& place, double temperature, int threads) {
+        cpu::kernels().weighted_gradient(
+            clustops::weighted_gradient_arguments(products, weights, grad, lse, share, place_of(place), temperature,
+                                                  Device::cpu),
             threads);
       },
       release());
@@ -648,6 +679,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_sinkhorn(m);
   bind_sinkhorn_loss(m);
   bind_contrastive(m);
+  bind_contrastive_weighted(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

@@ -49,10 +49,10 @@ def test_opcheck_of_weighted_contrastive_rows(dtype: torch.dtype, anchors: tuple
     pair_weights = torch.rand(count, N, generator=generator(1))
     arguments = (features, pair_weights, first, 0.5, True)
     torch.library.opcheck(torch.ops.clustops.weighted_contrastive_rows.default, arguments)
-    lse = torch.ops.clustops.weighted_contrastive_rows(*arguments)[1]
+    _, lse, weight, _ = torch.ops.clustops.weighted_contrastive_rows(*arguments)
     torch.library.opcheck(
         torch.ops.clustops.weighted_contrastive_rows_backward.default,
-        (lse, features.detach(), pair_weights, lse, first, 0.5, True),
+        (lse, features.detach(), pair_weights, lse, weight, first, 0.5, True),
     )
 
 

@@ -8,26 +8,29 @@ import torch
 from torch import Tensor
 
 from ..reference import contrastive_weighted_rows as reference
-from . import register
+from . import contrastive_weighted_cpu as cpu
+from . import extension, register
+
+_cpu = hasattr(extension, "weighted_sums")
 
 
 def _rows_fake(
     features: Tensor, pair_weights: Tensor, first: int, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     rows = features.new_empty((pair_weights.shape[0], features.shape[1]), dtype=dtype)
-    return rows, torch.empty_like(rows), rows.new_empty((pair_weights.shape[0],))
+    return rows, torch.empty_like(rows), rows.new_empty((pair_weights.shape[0],)), rows.new_empty((2,))
 
 
 def _backward_fake(grad: Tensor, features: Tensor, *unused: Any) -> Tensor:
     return features.new_empty(features.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, pair_weights, *ctx.options = inputs
-    _, lse, weight = output
-    ctx.mark_non_differentiable(lse, weight)
-    ctx.save_for_backward(features, pair_weights, lse)
+    _, lse, weight, norms = output
+    ctx.mark_non_differentiable(lse, weight, norms)
+    ctx.save_for_backward(features, pair_weights, lse, weight)
 
 
 def _differentiate(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
@@ -39,15 +42,17 @@ def _differentiate(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None,
 
 register(
     "weighted_contrastive_rows_backward(Tensor grad, Tensor features, Tensor pair_weights, Tensor lse, "
-    "SymInt first, float temperature, bool normalize) -> Tensor",
+    "Tensor weight, SymInt first, float temperature, bool normalize) -> Tensor",
     reference=reference.weighted_contrastive_rows_backward,
     fake=_backward_fake,
+    cpu=cpu.weighted_contrastive_rows_backward if _cpu else None,
 )
 register(
     "weighted_contrastive_rows(Tensor features, Tensor pair_weights, SymInt first, float temperature, "
-    "bool normalize) -> (Tensor loss, Tensor lse, Tensor weight)",
+    "bool normalize) -> (Tensor loss, Tensor lse, Tensor weight, Tensor norms)",
     reference=reference.weighted_contrastive_rows,
     fake=_rows_fake,
+    cpu=cpu.weighted_contrastive_rows if _cpu else None,
     setup_context=_save,
     backward=_differentiate,
 )

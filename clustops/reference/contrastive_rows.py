@@ -53,7 +53,7 @@ def contrastive_rows(
     """
     with torch.autocast(features.device.type, enabled=False):
         z = unit_rows(features, normalize)
-        norms = _extreme_norms(features, confidence, z.dtype)
+        norms = extreme_norms(features, confidence, z.dtype)
         classes = _classes(z, labels, confidence, threshold, reweight, own_confidence)
         anchors = slice(first, first + count)
         weight, pull = _total_weight(z, *classes)[anchors], _positives(z, *classes)[anchors]
@@ -112,12 +112,14 @@ def unit_rows(features: Tensor, normalize: bool) -> Tensor:
     return rows * _inverse_norm(features) if normalize else rows
 
 
-def _extreme_norms(features: Tensor, confidence: Tensor | None, dtype: torch.dtype) -> Tensor:
+def extreme_norms(features: Tensor, confidence: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[2]``: the least norm above 0 and the greatest; NaN if a feature or a confidence is out of range."""
     norms = torch.linalg.vector_norm(features, dim=-1, dtype=_wide(features)).flatten()
     # A neutral one more, for there may be no rows.
     least = pad(torch.where(norms > 0, norms, torch.inf), (0, 1), value=torch.inf).amin()
     greatest = pad(norms, (0, 1)).amax()
-    good = features.isfinite().all()
+    # A norm in a wider type is finite just where its features are.
+    good = (features if features.dtype == norms.dtype else norms).isfinite().all()
     if confidence is not None:
         good = good & ((confidence >= 0) & (confidence <= 1)).all()
     return torch.where(good, torch.stack([least, greatest]), torch.nan).to(dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contrastive_rows import blocks, log_partition, score_block, through_norm, unit_rows
+from .contrastive_rows import blocks, extreme_norms, log_partition, score_block, through_norm, unit_rows
 
 
 def weighted_contrastive_rows(
     features: Tensor, pair_weights: Tensor, first: int, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Losses of the anchors in samples ``first ... first + A - 1``, against the rows of all samples.
 
     loss_a = LSE_{b != a} s_ab - z_a.B_a / (temperature W_a),  B_a = sum_b w_ab z_b,  W_a = sum_b w_ab
@@ -21,20 +21,26 @@ def weighted_contrastive_rows(
             between views of one sample.
 
     Returns:
-        loss ``[A, V]``, 0 where W is 0; LSE ``[A, V]``; W ``[A]``, the same for all views.
+        loss ``[A, V]``, 0 where W is 0; LSE ``[A, V]``; W ``[A]``, the same for all views; norms ``[2]``, the
+        least above 0 (inf: there is none) and the greatest of the given rows. If a feature is not finite, or a
+        weight negative or not finite, all losses and both norms are NaN.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = unit_rows(features, normalize)
         n, views, _ = z.shape
         count = pair_weights.shape[0]
+        norms = extreme_norms(features, None, z.dtype)
         lse = log_partition(z, first, count, temperature)
         mean, weight = z.new_empty((count, views)), z.new_empty((count,))
         for start, stop in blocks(0, count, n, views):
+            given = pair_weights[start:stop]
+            norms = torch.where(((given >= 0) & given.isfinite()).all(), norms, torch.nan)
             between, within = _weights(pair_weights, start, stop, first, z.dtype)
             pull = _pull(z, first + start, between, within)
             weight[start:stop] = _total(between, within, views)
             mean[start:stop] = (z[first + start : first + stop] * pull).sum(-1) / weight[start:stop, None]
-        return torch.where(weight[:, None] > 0, lse - mean / temperature, 0), lse, weight
+        loss = torch.where(weight[:, None] > 0, lse - mean / temperature, 0)
+        return loss + torch.where(norms[1].isnan(), torch.nan, 0), lse, weight, norms
 
 
 def weighted_contrastive_rows_backward(
@@ -42,6 +48,7 @@ def weighted_contrastive_rows_backward(
     features: Tensor,
     pair_weights: Tensor,
     lse: Tensor,
+    weight: Tensor,
     first: int,
     temperature: float,
     normalize: bool,
@@ -54,6 +61,7 @@ def weighted_contrastive_rows_backward(
 
     Args:
         grad: ``[A, V]``, as is ``lse``.
+        weight: ``[A]``, W.
 
     Returns:
         ``[N, V, D]`` in the dtype of ``features``.
@@ -65,9 +73,9 @@ def weighted_contrastive_rows_backward(
         for start, stop in blocks(0, pair_weights.shape[0], n, views):
             anchors = slice(first + start, first + stop)
             between, within = _weights(pair_weights, start, stop, first, z.dtype)
-            weight = _total(between, within, views)[:, None]
-            g = torch.where(weight > 0, grad[start:stop], 0)
-            r = torch.where(weight > 0, g / weight, 0)[:, :, None]
+            total = weight[start:stop, None]
+            g = torch.where(total > 0, grad[start:stop], 0)
+            r = torch.where(total > 0, g / total, 0)[:, :, None]
             share = (r * z[anchors]).sum(1)
             dz -= (between.T @ share)[:, None]
             dz[anchors] -= within[:, None, None] * (share[:, None] - r * z[anchors])
