@@ -4,11 +4,8 @@
 #include <string>
 #include <vector>
 
-<<<<<<< HEAD
 #include "../common/contrastive.h"
-=======
 #include "../common/contrastive_weighted.h"
->>>>>>> 7de9b58 (Contrastive loss under any weights: kernels on a CPU, values judged by what the op returns)
 #include "../common/kmeans.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
@@ -44,13 +41,10 @@ struct Kernels {
   void (*soft_cross_entropy_backward)(const SoftCrossEntropyBackward& problem, int threads);
   void (*sinkhorn_matrix)(const SinkhornMatrix& problem, int threads);
 
-<<<<<<< HEAD
   void (*contrastive_rows)(const ContrastiveForward& problem, int threads);
   void (*contrastive_rows_backward)(const ContrastiveBackward& problem, int threads);
-=======
   void (*weighted_sums)(const WeightedSums& problem, int threads);
   void (*weighted_gradient)(const WeightedGradient& problem, int threads);
->>>>>>> 7de9b58 (Contrastive loss under any weights: kernels on a CPU, values judged by what the op returns)
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

@@ -24,13 +24,10 @@ void sinkhorn_assign(const SinkhornAssign& problem, int threads);
 void soft_cross_entropy(const SoftCrossEntropy& problem, int threads);
 void soft_cross_entropy_backward(const SoftCrossEntropyBackward& problem, int threads);
 void sinkhorn_matrix(const SinkhornMatrix& problem, int threads);
-<<<<<<< HEAD
 void contrastive_rows(const ContrastiveForward& problem, int threads);
 void contrastive_rows_backward(const ContrastiveBackward& problem, int threads);
-=======
 void weighted_sums(const WeightedSums& problem, int threads);
 void weighted_gradient(const WeightedGradient& problem, int threads);
->>>>>>> 7de9b58 (Contrastive loss under any weights: kernels on a CPU, values judged by what the op returns)
 double measure_fma(double seconds, int threads);
 double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
@@ -57,13 +54,10 @@ const Kernels table = {kmeans_assign_workspace,
                        soft_cross_entropy,
                        soft_cross_entropy_backward,
                        sinkhorn_matrix,
-<<<<<<< HEAD
                        contrastive_rows,
                        contrastive_rows_backward,
-=======
                        weighted_sums,
                        weighted_gradient,
->>>>>>> 7de9b58 (Contrastive loss under any weights: kernels on a CPU, values judged by what the op returns)
                        measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
