@@ -99,7 +99,9 @@ def _reject_shape(pair_weights: Tensor, expected: tuple[int, int]) -> None:
     )
 
 
-def _check_values(norms: Tensor, features: Tensor, pair_weights: Tensor, options: Options, group: Group) -> None:
+def _check_values(
+    norms: Tensor, features: Tensor, pair_weights: Tensor, options: Options, group: Group
+) -> None:
     """Raise, on all ranks alike, if a value is out of range, which the op tells by NaN."""
     if group is not None:
         failed = all_reduce_sum(norms[1].isnan().int(), group)

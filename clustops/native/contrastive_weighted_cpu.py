@@ -29,11 +29,15 @@ def weighted_contrastive_rows(
     bound = (1.0 if normalize else float(norms[1]) ** 2) / temperature
     # Under one shift for all scores, that of a pair serves both of its rows.
     mirrored = bound <= _SPREAD
-    shift = rows.new_full((count * views,), bound / math.log(2) if mirrored else -math.inf, dtype=torch.double)
+    shift = rows.new_full(
+        (count * views,), bound / math.log(2) if mirrored else -math.inf, dtype=torch.double
+    )
     partition, weighted = torch.zeros_like(shift), torch.zeros_like(shift)
     total = shift.new_zeros(count)
     blocks = _Blocks(rows, views)
-    given = [view(t) for t in (blocks.room, dense_rows(pair_weights.detach()), shift, partition, weighted, total)]
+    given = [
+        view(t) for t in (blocks.room, dense_rows(pair_weights.detach()), shift, partition, weighted, total)
+    ]
     for place in blocks.places(first, count, n, triangle=mirrored):
         blocks.multiply(*place)
         extension.weighted_sums(
@@ -68,9 +72,12 @@ def weighted_contrastive_rows_backward(
         g = blocks.multiply(*place)
         extension.weighted_gradient(*given, (views, first, *place), temperature, torch.get_num_threads())
         row, height, column, width = place
-        anchors, columns = slice(row * views, (row + height) * views), slice(column * views, (column + width) * views)
+        anchors, columns = (
+            slice(row * views, (row + height) * views),
+            slice(column * views, (column + width) * views),
+        )
         gradient[anchors].addmm_(g, rows[columns])
-        # Columns that are rows of no other block: those beyond this one's, and of samples that are no anchors.
+        # Columns that are rows of no other block: beyond those of this one, or of no anchor.
         is_anchor = first <= column < first + count
         beyond = max(0, row + height - column) * views if is_anchor else 0
         gradient[columns][beyond:].addmm_(g[:, beyond:].T, rows[anchors])
@@ -93,7 +100,9 @@ class _Blocks:
         size = min(self.height, samples) * min(self.width, samples) * views**2
         self.room = rows.new_empty((size,))
 
-    def places(self, first: int, count: int, n: int, *, triangle: bool) -> Iterator[tuple[int, int, int, int]]:
+    def places(
+        self, first: int, count: int, n: int, *, triangle: bool
+    ) -> Iterator[tuple[int, int, int, int]]:
         """Samples as (row, rows, column, columns): anchors against all, or those above the diagonal.
 
         The columns of a block are all anchors or none.

@@ -22,8 +22,8 @@ def weighted_contrastive_rows(
 
     Returns:
         loss ``[A, V]``, 0 where W is 0; LSE ``[A, V]``; W ``[A]``, the same for all views; norms ``[2]``, the
-        least above 0 (inf: there is none) and the greatest of the given rows. If a feature is not finite, or a
-        weight negative or not finite, all losses and both norms are NaN.
+        least above 0 (inf: there is none) and the greatest of the given rows. If a feature is not finite, or
+        a weight negative or not finite, all losses and both norms are NaN.
     """
     with torch.autocast(features.device.type, enabled=False):
         z = unit_rows(features, normalize)
