@@ -20,8 +20,9 @@ constexpr double kLeastUpstream = 1e-12, kGreatestUpstream = 1e12;
 
 template <class T>
 Blocks blocks_of(const Rows<T>& rows) {
-  const int64_t size = rows.slots.slots > 4096 ? kMaxBlock : kMaxBlock / 2;
-  return Blocks(rows.slots, rows.slots.slots <= kMaxBlock ? kMaxBlock : size);
+  // Enough pairs for some threads, but a small problem is one block.
+  const int64_t slots = rows.slots.slots;
+  return Blocks(rows.slots, slots > kMaxBlock && slots <= 4 * kMaxBlock ? kMaxBlock / 2 : kMaxBlock);
 }
 
 template <class T>
@@ -29,79 +30,78 @@ bool is_plain(const Rows<T>& rows, const ContrastiveRows& a) {
   return rows.bound(a.normalize) / a.temperature <= kPlain;
 }
 
-// Sums or maxima of the rows of a block while it meets another one, still in lanes.
+// Sums or maxima of two blocks that meet: of the rows of one in lanes, of the columns, which are rows of the other.
 template <class T>
-struct Lanes {
-  Numbers<T> rows{kMaxBlock * Vector<T>::kWidth};
+struct Found {
+  using V = Vector<T>;
+  Numbers<T> numbers{kMaxBlock * (V::kWidth + 1)};
+  Numbers<T> panel;
 
-  T* row(int64_t i) const { return rows.data() + i * Vector<T>::kWidth; }
-  void fill(T value) { std::fill_n(rows.data(), kMaxBlock * Vector<T>::kWidth, value); }
+  explicit Found(const Rows<T>& rows) : panel(rows.chunks * kSide<T> * kSide<T>) {}
+
+  void fill(T value) { std::fill_n(numbers.data(), kMaxBlock * (V::kWidth + 1), value); }
+  T* row(int64_t i) const { return numbers.data() + i * V::kWidth; }
+  T* columns() const { return row(kMaxBlock); }
 };
 
-// The exponentials of all pairs of two blocks, on their way to the sums of rows. `most` is null, or the largest product
-// of each row.
+// The exponentials of all pairs of two blocks are added to the sums of rows. `most` is null, or the largest product of
+// each row.
 template <class T>
 void add_exponentials(const Rows<T>& rows, const Block& one, const Block& other, T scale, const T* most,
-                      Lanes<T>& lanes, double* sums) {
+                      Found<T>& found, double* sums) {
   using V = Vector<T>;
   const V factor = V::set1(scale);
-  lanes.fill(0);
-  const auto step = [&](int64_t row, int64_t column, const Tile<T>& tile, bool both, auto shifted) CLUSTOPS_INLINE {
-    V columns[2] = {V::set1(0), V::set1(0)};
-    for (int i = 0; i < kGroup; ++i) {
-      T* sum = lanes.row(row - one.first + i);
-      V total = V::load(sum);
-      for (int j = 0; j < 2; ++j) {
-        if constexpr (decltype(shifted)::value) {
-          total = total + exp2((tile[i][j] - V::set1(most[row + i])) * factor);
-          if (both) columns[j] = columns[j] + exp2((tile[i][j] - V::load(most + column + j * V::kWidth)) * factor);
-        } else {
-          const V e = exp2(tile[i][j] * factor);
-          total = total + e;
-          columns[j] = columns[j] + e;
+  found.fill(0);
+  const auto over = [&](auto shifted) CLUSTOPS_INLINE {
+    over_tiles(rows, one, other, found.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
+      V columns[2] = {V::set1(0), V::set1(0)};
+#pragma GCC unroll 8
+      for (int i = 0; i < kGroup; ++i) {
+        T* sum = found.row(row - one.first + i);
+        V total = V::load(sum);
+        for (int j = 0; j < 2; ++j) {
+          if constexpr (decltype(shifted)::value) {
+            total = total + exp2((tile[i][j] - V::set1(most[row + i])) * factor);
+            if (both) columns[j] = columns[j] + exp2((tile[i][j] - V::load(most + column + j * V::kWidth)) * factor);
+          } else {
+            const V e = exp2(tile[i][j] * factor);
+            total = total + e;
+            columns[j] = columns[j] + e;
+          }
         }
+        store(total, sum);
       }
-      store(total, sum);
-    }
-    if (!both) return;
-    for (int j = 0; j < 2; ++j) {
-      T part[V::kWidth];
-      store(columns[j], part);
-      for (int k = 0; k < V::kWidth; ++k) sums[column + j * V::kWidth + k] += part[k];
-    }
+      T* sum = found.columns() + column - other.first;
+      for (int j = 0; j < 2 && both; ++j) store(V::load(sum + j * V::kWidth) + columns[j], sum + j * V::kWidth);
+    });
   };
-  if (most) {
-    over_tiles(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
-      step(row, column, tile, both, std::true_type());
-    });
-  } else {
-    over_tiles(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
-      step(row, column, tile, both, std::false_type());
-    });
-  }
-  for (int64_t row = one.first; row < one.rows; ++row) sums[row] += reduce_add(V::load(lanes.row(row - one.first)));
+  most ? over(std::true_type()) : over(std::false_type());
+  for (int64_t i = 0; i < one.rows - one.first; ++i) sums[one.first + i] += reduce_add(V::load(found.row(i)));
+  if (!other.anchors) return;
+  for (int64_t i = 0; i < other.rows - other.first; ++i) sums[other.first + i] += found.columns()[i];
 }
 
 // The largest product of each row.
 template <class T>
-void find_largest(const Rows<T>& rows, const Block& one, const Block& other, Lanes<T>& lanes, T* most) {
+void find_largest(const Rows<T>& rows, const Block& one, const Block& other, Found<T>& found, T* most) {
   using V = Vector<T>;
-  lanes.fill(-kInfinity<T>);
-  over_tiles(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
-    V columns[2] = {V::set1(-kInfinity<T>), V::set1(-kInfinity<T>)};
+  found.fill(-kInfinity<T>);
+  over_tiles(rows, one, other, found.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
+    T* columns = found.columns() + column - other.first;
     for (int i = 0; i < kGroup; ++i) {
-      T* largest = lanes.row(row - one.first + i);
+      T* largest = found.row(row - one.first + i);
       store(max(V::load(largest), max(tile[i][0], tile[i][1])), largest);
-      for (int j = 0; j < 2; ++j) columns[j] = max(columns[j], tile[i][j]);
-    }
-    if (!both) return;
-    for (int j = 0; j < 2; ++j) {
-      T* largest = most + column + j * V::kWidth;
-      store(max(V::load(largest), columns[j]), largest);
+      for (int j = 0; j < 2 && both; ++j) {
+        store(max(V::load(columns + j * V::kWidth), tile[i][j]), columns + j * V::kWidth);
+      }
     }
   });
-  for (int64_t row = one.first; row < one.rows; ++row) {
-    most[row] = std::max(most[row], reduce_max(V::load(lanes.row(row - one.first))));
+  for (int64_t i = 0; i < one.rows - one.first; ++i) {
+    most[one.first + i] = std::max(most[one.first + i], reduce_max(V::load(found.row(i))));
+  }
+  if (!other.anchors) return;
+  for (int64_t i = 0; i < other.rows - other.first; ++i) {
+    most[other.first + i] = std::max(most[other.first + i], found.columns()[i]);
   }
 }
 
@@ -110,19 +110,20 @@ template <class T>
 void log_partition(const ContrastiveForward& problem, const Rows<T>& rows, int threads) {
   const ContrastiveRows& a = problem.rows;
   const Blocks blocks = blocks_of(rows);
-  std::vector<Lanes<T>> lanes(threads);
+  std::vector<Found<T>> found;
+  for (int t = 0; t < threads; ++t) found.emplace_back(rows);
   std::vector<double> sums(rows.slots.slots, 0.0);
   std::vector<T> most;
   const T lowest = std::numeric_limits<T>::lowest();
   if (!is_plain(rows, a)) {
     most.assign(rows.slots.slots, lowest);
     over_pairs(blocks, threads, [&](const Block& one, const Block& other, int thread) {
-      find_largest(rows, one, other, lanes[thread], most.data());
+      find_largest(rows, one, other, found[thread], most.data());
     });
   }
   const T scale = static_cast<T>(kLog2E / a.temperature);
   over_pairs(blocks, threads, [&](const Block& one, const Block& other, int thread) {
-    add_exponentials(rows, one, other, scale, most.empty() ? nullptr : most.data(), lanes[thread], sums.data());
+    add_exponentials(rows, one, other, scale, most.empty() ? nullptr : most.data(), found[thread], sums.data());
   });
   T* lse = static_cast<T*>(problem.lse);
   for (int64_t slot = 0; slot < rows.slots.anchors; ++slot) {
@@ -131,65 +132,80 @@ void log_partition(const ContrastiveForward& problem, const Rows<T>& rows, int t
   }
 }
 
-// q (sum - q own) + o own, which without the row itself is what pulls at a row of sample i.
-inline void pull_of(const Classes& classes, int64_t i, int64_t members, int64_t wide, const double* sum,
-                    const double* own, double* pull) {
-  const VecD q = VecD::set1(members > 1 ? classes.q[i] : 0), o = VecD::set1(classes.own[i]), zero = VecD::set1(0);
-  for (int64_t d = 0; d < wide; d += VecD::kWidth) {
-    const VecD x = VecD::load(own + d);
-    const VecD rest = members > 1 ? q * (VecD::load(sum + d) - q * x) : zero;
-    store(fma(o, x, rest), pull + d);
-  }
-}
-
+// What pulls at the rows of a class, in fp64: sums over it, and for a sample, without the row itself,
+//   pull = q (sum - q own) + o own,  push likewise of rows times their share.
 template <class T>
-struct Positives {
+class Positives {
+ public:
+  Positives(const ContrastiveRows& a, const Rows<T>& rows, const Classes& classes, const double* share, int threads)
+      : a(a),
+        rows(rows),
+        classes(classes),
+        wide_(rows.chunks * kSide<T>),
+        share_(share),
+        sums_(threads * 4 * wide_) {}
+
+  // work(sample, slot of its first row) for each sample of a class that is an anchor, with pull and push of it.
+  template <class Work>
+  void over_anchors(int64_t c, int thread, const Work& work) const;
+
+  double* pull(int thread) const { return sums_.data() + thread * 4 * wide_; }
+  double* push(int thread) const { return pull(thread) + wide_; }
+
   const ContrastiveRows& a;
   const Rows<T>& rows;
   const Classes& classes;
-  Sums sums;  // for each thread so many as a sample needs
 
-  static constexpr int kSums = 6;
-
-  Positives(const ContrastiveRows& a, const Rows<T>& rows, const Classes& classes, int threads)
-      : a(a), rows(rows), classes(classes), sums(threads * kSums, rows.chunks * kSide<T>) {}
-
-  double* buffer(int thread, int i) const { return sums[thread * kSums + i]; }
-  void clear(double* sum) const { std::fill_n(sum, sums.wide, 0.0); }
-  int64_t slot(int64_t i, int64_t v) const { return rows.slots.slot_of(i * a.views + v); }
-  bool is_anchor(int64_t i) const { return i >= a.first && i < a.first + a.count; }
+ private:
+  const int64_t wide_;         // features, filled up
+  const double* const share_;  // [slots]
+  const Numbers<double> sums_;
 };
+
+template <class T>
+template <class Work>
+void Positives<T>::over_anchors(int64_t c, int thread, const Work& work) const {
+  double *pulls = pull(thread), *pushes = push(thread), *sum = pushes + wide_, *shared = sum + wide_;
+  std::fill_n(sum, 2 * wide_, 0.0);
+  const int64_t begin = classes.begin[c], end = classes.begin[c + 1];
+  for (int64_t m = begin; m < end && end - begin > 1; ++m) {
+    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
+    const VecD q = VecD::set1(classes.q[i]);
+    over_sums(rows, slot, a.views, share_ + slot, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
+      store(fma(q, own, VecD::load(sum + d)), sum + d);
+      store(fma(q, weighted, VecD::load(shared + d)), shared + d);
+    });
+  }
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
+    if (i < a.first || i >= a.first + a.count) continue;
+    const VecD q = VecD::set1(end - begin > 1 ? classes.q[i] : 0), o = VecD::set1(classes.own[i]);
+    over_sums(rows, slot, a.views, share_ + slot, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
+      store(fma(o, own, q * (VecD::load(sum + d) - q * own)), pulls + d);
+      store(fma(o, weighted, q * (VecD::load(shared + d) - q * weighted)), pushes + d);
+    });
+    work(i, slot);
+  }
+}
 
 // The losses of the anchors of a class, from their log-sum-exp.
 template <class T>
 void losses_of_class(const ContrastiveForward& problem, const Positives<T>& p, int64_t c, int thread) {
   const ContrastiveRows& a = p.a;
-  const Classes& classes = p.classes;
-  const int64_t begin = classes.begin[c], end = classes.begin[c + 1], members = end - begin;
-  double *sum = p.buffer(thread, 0), *own = p.buffer(thread, 1), *pull = p.buffer(thread, 2);
-  p.clear(sum);
-  for (int64_t m = begin; m < end && members > 1; ++m) {
-    const int64_t i = classes.order[m];
-    for (int64_t v = 0; v < a.views; ++v) add_row(p.rows, p.slot(i, v), classes.q[i], sum);
-  }
-  for (int64_t m = begin; m < end; ++m) {
-    const int64_t i = classes.order[m];
-    if (!p.is_anchor(i)) continue;
-    p.clear(own);
-    for (int64_t v = 0; v < a.views; ++v) add_row(p.rows, p.slot(i, v), 1.0, own);
-    pull_of(classes, i, members, p.sums.wide, sum, own, pull);
+  const double* pull = p.pull(thread);
+  p.over_anchors(c, thread, [&](int64_t i, int64_t slot) {
+    const VecD own = VecD::set1(-p.classes.own[i]);
     const double weight = static_cast<const T*>(problem.weight)[i - a.first];
     for (int64_t v = 0; v < a.views; ++v) {
-      const VecD o = VecD::set1(0 - classes.own[i]);
       VecD dot = VecD::set1(0);
-      over_features(p.rows, p.slot(i, v), [&](int64_t d, VecD z) CLUSTOPS_INLINE {
-        dot = fma(z, fma(o, z, VecD::load(pull + d)), dot);
+      over_features(p.rows, slot + v, [&](int64_t d, VecD z) CLUSTOPS_INLINE {
+        dot = fma(z, fma(own, z, VecD::load(pull + d)), dot);
       });
-      const int64_t row = (i - a.first) * a.views + v;
-      const double loss = static_cast<const T*>(problem.lse)[row] - reduce_add(dot) / (a.temperature * weight);
-      static_cast<T*>(problem.loss)[row] = weight > 0 ? static_cast<T>(loss) : T(0);
+      // Slots of anchors are numbered as their losses are.
+      const double loss = static_cast<const T*>(problem.lse)[slot + v] - reduce_add(dot) / (a.temperature * weight);
+      static_cast<T*>(problem.loss)[slot + v] = weight > 0 ? static_cast<T>(loss) : T(0);
     }
-  }
+  });
 }
 
 template <class T>
@@ -210,7 +226,8 @@ void forward(const ContrastiveForward& problem, int threads) {
     return;
   }
   log_partition(problem, rows, threads);
-  const Positives<T> positives(a, rows, classes, threads);
+  const std::vector<double> share(rows.slots.slots, 0.0);
+  const Positives<T> positives(a, rows, classes, share.data(), threads);
   over_classes(classes, threads, [&](int64_t c, int thread) { losses_of_class(problem, positives, c, thread); });
 }
 
@@ -256,17 +273,20 @@ template <class T>
 struct Weights {
   static constexpr int64_t kStride = kMaxBlock + kSide<T>;  // not a power of 2, or columns would share a set of a cache
   Numbers<T> numbers{kMaxBlock * kStride};
+  Numbers<T> panel;
+
+  explicit Weights(const Rows<T>& rows) : panel(rows.chunks * kSide<T> * kSide<T>) {}
 };
 
 template <class T>
 void find_weights(const Rows<T>& rows, const Block& one, const Block& other, const Upstream<T>& upstream, T scale,
-                  T* weights) {
+                  const Weights<T>& weights) {
   using V = Vector<T>;
   const V factor = V::set1(scale);
   const T *g = upstream.factor.data(), *l = upstream.exponent.data();
   const auto over = [&](auto weight) CLUSTOPS_INLINE {
-    over_tiles(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool) CLUSTOPS_INLINE {
-      T* out = weights + (row - one.first) * Weights<T>::kStride + column - other.first;
+    over_tiles(rows, one, other, weights.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool) CLUSTOPS_INLINE {
+      T* out = weights.numbers.data() + (row - one.first) * Weights<T>::kStride + column - other.first;
       for (int i = 0; i < kGroup; ++i) {
         for (int j = 0; j < 2; ++j) {
           store(weight(tile[i][j], row + i, column + j * V::kWidth), out + i * Weights<T>::kStride + j * V::kWidth);
@@ -323,68 +343,46 @@ void add_products(const Rows<T>& rows, const Block& one, const Block& other, con
 }
 
 template <class S, class T>
-void write_row(const double* x, const double* factor_of, int64_t width, S* out) {
-  static_cast<void>(factor_of);
+void write_row(const T* x, int64_t width, S* out) {
   constexpr int kWidth = Vector<T>::kWidth;
-  for (int64_t d = 0; d < width; d += kWidth) {
-    T numbers[kWidth];
-    const int64_t count = std::min<int64_t>(kWidth, width - d);
-    for (int k = 0; k < kWidth; k += VecD::kWidth) store(VecD::load(x + d + k), numbers + k);
-    count == kWidth ? write(Vector<T>::load(numbers), out + d) : write_first(Vector<T>::load(numbers), out + d, count);
-  }
+  int64_t d = 0;
+  for (; d + kWidth <= width; d += kWidth) write(Vector<T>::load(x + d), out + d);
+  if (d < width) write_first(Vector<T>::load(x + d), out + d, width - d);
 }
 
-// The gradient of the anchors of a class. `repulsion` is sum_b G z_b.
+// The gradient of the anchors of a class. `repulsion` is sum_b G z_b; `row` is room for one.
 template <class T>
 void gradients_of_class(const ContrastiveBackward& problem, const Positives<T>& p, const Upstream<T>& upstream,
-                        const T* repulsion, int64_t c, int thread) {
+                        const T* repulsion, T* row, int64_t c, int thread) {
   const ContrastiveRows& a = p.a;
-  const Classes& classes = p.classes;
-  const int64_t begin = classes.begin[c], end = classes.begin[c + 1], members = end - begin, wide = p.sums.wide;
-  double *sum = p.buffer(thread, 0), *shared = p.buffer(thread, 1), *own = p.buffer(thread, 2);
-  double *pull = p.buffer(thread, 3), *push = p.buffer(thread, 4), *dz = p.buffer(thread, 5);
-  const auto add_rows_of = [&](int64_t i, double factor, double* plain, double* weighted) {
-    for (int64_t v = 0; v < a.views; ++v) {
-      add_row(p.rows, p.slot(i, v), factor, plain);
-      add_row(p.rows, p.slot(i, v), factor * upstream.share[p.slot(i, v)], weighted);
-    }
-  };
-  p.clear(sum), p.clear(shared);
-  for (int64_t m = begin; m < end && members > 1; ++m) {
-    add_rows_of(classes.order[m], classes.q[classes.order[m]], sum, shared);
-  }
-  for (int64_t m = begin; m < end; ++m) {
-    const int64_t i = classes.order[m];
-    if (!p.is_anchor(i)) continue;
-    p.clear(own), p.clear(dz);
-    add_rows_of(i, 1.0, own, dz);
-    pull_of(classes, i, members, wide, sum, own, pull);
-    pull_of(classes, i, members, wide, shared, dz, push);
-    for (int64_t v = 0; v < a.views; ++v) {
-      const int64_t slot = p.slot(i, v);
+  const Rows<T>& rows = p.rows;
+  const double *pull = p.pull(thread), *push = p.push(thread);
+  p.over_anchors(c, thread, [&](int64_t i, int64_t slot) {
+    for (const int64_t end = slot + a.views; slot < end; ++slot) {
       const double r = upstream.share[slot];
-      const VecD share = VecD::set1(r), twice = VecD::set1(-2 * classes.own[i] * r), per = VecD::set1(1 / a.temperature);
+      const VecD share = VecD::set1(r), twice = VecD::set1(-2 * p.classes.own[i] * r);
+      const VecD scale = VecD::set1(1 / a.temperature);
       VecD dot = VecD::set1(0);
-      over_features(p.rows, slot, [&](int64_t d, VecD z) CLUSTOPS_INLINE {
-        const T* out = repulsion + ((d / kSide<T>)*p.rows.slots.slots + slot) * kSide<T> + d % kSide<T>;
+      over_features(rows, slot, [&](int64_t d, VecD z) CLUSTOPS_INLINE {
+        const T* repelled = repulsion + (rows.chunk(d / kSide<T>, slot) - rows.z.data()) + d % kSide<T>;
         const VecD attraction = fma(share, VecD::load(pull + d), fma(twice, z, VecD::load(push + d)));
-        const VecD x = (load_wide(out) - attraction) * per;
+        const VecD x = (load_wide(repelled) - attraction) * scale;
         dot = fma(x, z, dot);
-        store(x, dz + d);
+        store(x, row + d);
       });
       if (a.normalize) {
-        const VecD along = VecD::set1(-reduce_add(dot)), inverse = VecD::set1(p.rows.inverse[slot]);
-        over_features(p.rows, slot, [&](int64_t d, VecD z) CLUSTOPS_INLINE {
-          store(fma(along, z, VecD::load(dz + d)) * inverse, dz + d);
+        const VecD along = VecD::set1(-reduce_add(dot)), inverse = VecD::set1(rows.inverse[slot]);
+        over_features(rows, slot, [&](int64_t d, VecD z) CLUSTOPS_INLINE {
+          store(fma(along, z, load_wide(row + d)) * inverse, row + d);
         });
       }
       char* out = static_cast<char*>(problem.gradient) + slot * a.width * element_size(a.dtype);
       with_elements<T>(a.dtype, out, [&](auto* to) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(to)>>;
-        write_row<S, T>(dz, nullptr, a.width, const_cast<S*>(to));
+        write_row<S, T>(row, a.width, const_cast<S*>(to));
       });
     }
-  }
+  });
 }
 
 template <class T>
@@ -395,16 +393,18 @@ void backward(const ContrastiveBackward& problem, int threads) {
   const Upstream<T> upstream(problem, rows, classes);
   const Numbers<T> repulsion(rows.slots.slots * rows.chunks * kSide<T>);
   std::fill_n(repulsion.data(), rows.slots.slots * rows.chunks * kSide<T>, T(0));
-  std::vector<Weights<T>> weights(threads);
+  std::vector<Weights<T>> weights;
+  for (int t = 0; t < threads; ++t) weights.emplace_back(rows);
   const T scale = static_cast<T>(kLog2E / a.temperature);
   over_pairs(blocks_of(rows), threads, [&](const Block& one, const Block& other, int thread) {
-    T* g = weights[thread].numbers.data();
-    find_weights(rows, one, other, upstream, scale, g);
-    add_products(rows, one, other, g, repulsion.data());
+    find_weights(rows, one, other, upstream, scale, weights[thread]);
+    add_products(rows, one, other, weights[thread].numbers.data(), repulsion.data());
   });
-  const Positives<T> positives(a, rows, classes, threads);
+  const Numbers<T> results(threads * rows.chunks * kSide<T>);
+  const Positives<T> positives(a, rows, classes, upstream.share.data(), threads);
   over_classes(classes, threads, [&](int64_t c, int thread) {
-    gradients_of_class(problem, positives, upstream, repulsion.data(), c, thread);
+    T* row = results.data() + thread * rows.chunks * kSide<T>;
+    gradients_of_class(problem, positives, upstream, repulsion.data(), row, c, thread);
   });
 }
 

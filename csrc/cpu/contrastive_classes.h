@@ -108,16 +108,7 @@ void over_classes(const Classes& classes, int threads, const Work& work) {
   });
 }
 
-// Sums over features in fp64, `wide` numbers each.
-struct Sums {
-  int64_t wide;
-  Numbers<double> numbers;
-
-  Sums(int64_t count, int64_t wide) : wide(wide), numbers(count * wide) {}
-  double* operator[](int64_t i) const { return numbers.data() + i * wide; }
-};
-
-// step(feature, z) for each vector of a row, `feature` counted from 0.
+// step(feature, z) for each vector of a row.
 template <class T, class Step>
 CLUSTOPS_INLINE inline void over_features(const Rows<T>& rows, int64_t slot, const Step& step) {
   for (int64_t c = 0; c < rows.chunks; ++c) {
@@ -126,11 +117,22 @@ CLUSTOPS_INLINE inline void over_features(const Rows<T>& rows, int64_t slot, con
   }
 }
 
-// sum += factor z
-template <class T>
-void add_row(const Rows<T>& rows, int64_t slot, double factor, double* sum) {
-  const VecD f = VecD::set1(factor);
-  over_features(rows, slot, [&](int64_t d, VecD z) CLUSTOPS_INLINE { store(fma(f, z, VecD::load(sum + d)), sum + d); });
+// step(feature, sum, weighted) with the sums of z and of share z over the views of a sample, the first in `slot`.
+template <class T, class Step>
+CLUSTOPS_INLINE inline void over_sums(const Rows<T>& rows, int64_t slot, int64_t views, const double* share,
+                                      const Step& step) {
+  for (int64_t c = 0; c < rows.chunks; ++c) {
+    for (int64_t k = 0; k < kSide<T>; k += VecD::kWidth) {
+      const T* z = rows.chunk(c, slot) + k;
+      VecD sum = load_wide(z), weighted = sum * VecD::set1(share[0]);
+      for (int64_t v = 1; v < views; ++v) {
+        const VecD x = load_wide(z + v * kSide<T>);
+        sum = sum + x;
+        weighted = fma(x, VecD::set1(share[v]), weighted);
+      }
+      step(c * kSide<T> + k, sum, weighted);
+    }
+  }
 }
 
 }  // namespace

@@ -75,29 +75,33 @@ CLUSTOPS_INLINE inline void multiply(const T* a, const T* b, int64_t steps, Tile
 // Takes pairs out: rows from `rows` on, columns from `columns` on, and row i with column i + diagonal.
 template <class T>
 void take_out(int64_t rows, int64_t columns, int64_t diagonal, Tile<T>& tile) {
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
   T numbers[kGroup][kSide<T>];
   for (int i = 0; i < kGroup; ++i) {
     for (int j = 0; j < 2; ++j) store(tile[i][j], numbers[i] + j * Vector<T>::kWidth);
-    for (int64_t c = 0; c < kSide<T>; ++c) {
-      if (i >= rows || c >= columns || c == i + diagonal) numbers[i][c] = -std::numeric_limits<T>::infinity();
-    }
+    const int64_t kept = i < rows ? std::min<int64_t>(columns, kSide<T>) : 0;
+    std::fill(numbers[i] + kept, numbers[i] + kSide<T>, kNone);
+    if (i + diagonal < kSide<T>) numbers[i][i + diagonal] = kNone;
     for (int j = 0; j < 2; ++j) tile[i][j] = Vector<T>::load(numbers[i] + j * Vector<T>::kWidth);
   }
 }
 
 // step(row, column, tile, both) for products of rows, kGroup rows and kSide columns at a time; -inf where there is no
 // pair. Of a block with itself tiles below the diagonal are left out. `both`: the columns are to hear of it as well.
+// `panel` is room for kSide rows, transposed.
 template <class T, class Step>
-CLUSTOPS_INLINE inline void over_tiles(const Rows<T>& rows, const Block& one, const Block& other, const Step& step) {
+CLUSTOPS_INLINE inline void over_tiles(const Rows<T>& rows, const Block& one, const Block& other, T* panel,
+                                       const Step& step) {
+  constexpr int64_t kSquare = kSide<T> * kSide<T>;
   for (int64_t column = other.first; column < other.end; column += kSide<T>) {
-    const T* panel = rows.panel(column / kSide<T>);
+    for (int64_t c = 0; c < rows.chunks; ++c) transpose(rows.chunk(c, column), panel + c * kSquare);
     const bool same = one.first == other.first;
     const int64_t end = same ? std::min(one.computed(), column + kSide<T>) : one.computed();
     for (int64_t row = one.first; row < end; row += kGroup) {
       Tile<T> tile;
       for (int i = 0; i < kGroup; ++i) tile[i][0] = tile[i][1] = Vector<T>::set1(0);
       for (int64_t c = 0; c < rows.chunks; ++c) {
-        multiply<kSide<T>, 1>(rows.chunk(c, row), panel + c * kSide<T> * kSide<T>, kSide<T>, tile);
+        multiply<kSide<T>, 1>(rows.chunk(c, row), panel + c * kSquare, kSide<T>, tile);
       }
       const bool diagonal = same && row >= column;
       if (diagonal || row + kGroup > one.rows || column + kSide<T> > other.rows) {

@@ -74,7 +74,6 @@ struct Rows {
   Slots slots;
   int64_t width, chunks;  // features, and how many times kSide they are
   Numbers<T> z;           // [chunks, slots, kSide], 0 where there is no row or feature
-  Numbers<T> panels;      // [slots / kSide, chunks * kSide, kSide]: each panel of rows transposed
   Numbers<T> inverse;     // [slots], of the norm, where it is asked for
   double least, greatest;  // norms of the rows as given; the least above 0, or infinity
   bool finite;
@@ -82,20 +81,18 @@ struct Rows {
   Rows(const ContrastiveRows& a, int threads);
 
   T* chunk(int64_t c, int64_t slot) const { return z.data() + (c * slots.slots + slot) * kSide<T>; }
-  T* panel(int64_t p) const { return panels.data() + p * chunks * kSide<T> * kSide<T>; }
   // No score is larger, in units of 1 / temperature.
   double bound(bool normalized) const { return normalized ? 1.0 : greatest * greatest; }
 
  private:
   double read_row(const ContrastiveRows& a, int64_t slot);
-  void transpose_panel(int64_t p);
 };
 
 // x as T in chunks, and the sum of its squares.
 template <class S, class T>
 double unpack(const S* x, const Rows<T>& rows, int64_t slot) {
   using V = Vector<T>;
-  VecD square = VecD::set1(0);
+  VecD square[2] = {VecD::set1(0), VecD::set1(0)};
   for (int64_t c = 0; c < rows.chunks; ++c) {
     T* out = rows.chunk(c, slot);
     for (int64_t k = 0; k < kSide<T>; k += V::kWidth) {
@@ -105,12 +102,14 @@ double unpack(const S* x, const Rows<T>& rows, int64_t slot) {
                                         : V::set1(0);
       store(value, out + k);
     }
-    for (int64_t k = 0; k < kSide<T>; k += VecD::kWidth) {
-      const VecD wide = load_wide(out + k);
-      square = fma(wide, wide, square);
+    for (int64_t k = 0; k < kSide<T>; k += 2 * VecD::kWidth) {
+      for (int i = 0; i < 2; ++i) {
+        const VecD wide = load_wide(out + k + i * VecD::kWidth);
+        square[i] = fma(wide, wide, square[i]);
+      }
     }
   }
-  return reduce_add(square);
+  return reduce_add(square[0] + square[1]);
 }
 
 template <class T>
@@ -150,16 +149,45 @@ double Rows<T>::read_row(const ContrastiveRows& a, int64_t slot) {
   return norm;
 }
 
+// A square of kSide by kSide numbers, transposed.
 template <class T>
-void Rows<T>::transpose_panel(int64_t p) {
-  for (int64_t c = 0; c < chunks; ++c) {
-    const T* from = chunk(c, p * kSide<T>);
-    T* to = panel(p) + c * kSide<T> * kSide<T>;
-    for (int64_t k = 0; k < kSide<T>; ++k) {
-      for (int64_t r = 0; r < kSide<T>; ++r) to[k * kSide<T> + r] = from[r * kSide<T> + k];
-    }
+void transpose(const T* from, T* to) {
+  for (int64_t k = 0; k < kSide<T>; ++k) {
+    for (int64_t r = 0; r < kSide<T>; ++r) to[k * kSide<T> + r] = from[r * kSide<T> + k];
   }
 }
+
+#if defined(__AVX512F__)
+inline void transpose(const float* from, float* to) {
+  constexpr int kWidth = Vec::kWidth;
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int q = 0; q < 4; ++q) {
+    const float* corner = from + q / 2 * kWidth * kSide<float> + q % 2 * kWidth;
+    __m512 rows[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) rows[i] = _mm512_loadu_ps(corner + i * kSide<float>);
+    // Of rows i and i + s, lanes whose number has bit s change places with those of which it has not.
+#pragma GCC unroll 4
+    for (int s = 1; s < kWidth; s *= 2) {
+      const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+      const __m512i from_other = _mm512_or_si512(_mm512_xor_si512(lane, _mm512_set1_epi32(s)), _mm512_set1_epi32(16));
+      const __m512i low = _mm512_mask_mov_epi32(lane, odd, from_other);
+      const __m512i high = _mm512_mask_mov_epi32(_mm512_xor_si512(from_other, _mm512_set1_epi32(16)), odd,
+                                                 _mm512_or_si512(lane, _mm512_set1_epi32(16)));
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) {
+        if (i & s) continue;
+        const __m512 one = rows[i], other = rows[i + s];
+        rows[i] = _mm512_permutex2var_ps(one, low, other);
+        rows[i + s] = _mm512_permutex2var_ps(one, high, other);
+      }
+    }
+    float* out = to + q % 2 * kWidth * kSide<float> + q / 2 * kWidth;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) _mm512_storeu_ps(out + i * kSide<float>, rows[i]);
+  }
+}
+#endif
 
 template <class T>
 Rows<T>::Rows(const ContrastiveRows& a, int threads)
@@ -167,7 +195,6 @@ Rows<T>::Rows(const ContrastiveRows& a, int threads)
       width(a.width),
       chunks(divide_up(a.width, kSide<T>)),
       z(slots.slots * chunks * kSide<T>),
-      panels(slots.slots * chunks * kSide<T>),
       inverse(slots.slots),
       least(std::numeric_limits<double>::infinity()),
       greatest(0),
@@ -175,7 +202,6 @@ Rows<T>::Rows(const ContrastiveRows& a, int threads)
   std::vector<double> norms(slots.slots);
   parallel_for(slots.slots / kSide<T>, threads, [&](int64_t p, int) {
     for (int64_t slot = p * kSide<T>; slot < (p + 1) * kSide<T>; ++slot) norms[slot] = read_row(a, slot);
-    transpose_panel(p);
   });
   for (double norm : norms) {
     if (norm < 0) finite = false;
