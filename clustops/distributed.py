@@ -171,7 +171,7 @@ def all_gather_rows_together(tensors: Sequence[Any], group: Group) -> tuple[list
 
     def of_rows(t: Tensor) -> Tensor:
         # A clone is aligned; contiguous() would leave a single row where it is.
-        part = next(parts).clone(memory_format=torch.contiguous_format)
+        part: Tensor = next(parts).clone(memory_format=torch.contiguous_format)
         return part.view(t.dtype).view(rows.shape[0], *t.shape[1:])
 
     return [None if t is None else of_rows(t) for t in tensors], counts
