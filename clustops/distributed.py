@@ -164,17 +164,19 @@ def all_gather_rows_together(tensors: Sequence[Any], group: Group) -> tuple[list
     """``all_gather_rows`` of tensors in one collective, as bytes; all but the first may be ``None``."""
     if group is None:
         return list(tensors), [tensors[0].shape[0]]
-    given = [t.detach() for t in tensors if t is not None]
-    flat = [t.reshape(t.shape[0], t.shape[1:].numel()).view(torch.uint8) for t in given]
+    flat = [_packed(t.detach()).flatten(1).view(torch.uint8) for t in tensors if t is not None]
     rows, counts = all_gather_rows(torch.cat(flat, 1), group)
     parts = iter(rows.split([t.shape[1] for t in flat], 1))
+    return [
+        None if t is None else _packed(next(parts)).view(t.dtype).view(rows.shape[0], *t.shape[1:])
+        for t in tensors
+    ], counts
 
-    def of_rows(t: Tensor) -> Tensor:
-        # A clone is aligned; contiguous() would leave a single row where it is.
-        part: Tensor = next(parts).clone(memory_format=torch.contiguous_format)
-        return part.view(t.dtype).view(rows.shape[0], *t.shape[1:])
 
-    return [None if t is None else of_rows(t) for t in tensors], counts
+def _packed(rows: Tensor) -> Tensor:
+    # contiguous() would leave a single row at any stride and offset, where it cannot be read as bytes.
+    rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows[:, None] if rows.ndim == 1 else rows
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from simt import DTYPES, Results, build, needs_compiler
-from support import assert_close, generator, seeds
+from support import assert_close, generator
 from torch import Tensor
 from torch.nn.functional import normalize
 
