@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt import DTYPES, Results, build, needs_compiler
-from support import assert_close, generator
+from support import assert_close, generator, seeds
 from torch import Tensor
 from torch.nn.functional import normalize
 
