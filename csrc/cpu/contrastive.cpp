@@ -127,8 +127,8 @@ void log_partition(const ContrastiveForward& problem, const Rows<T>& rows, int t
   });
   T* lse = static_cast<T*>(problem.lse);
   for (int64_t slot = 0; slot < rows.slots.anchors; ++slot) {
-    const double shift = most.empty() ? 0.0 : static_cast<double>(most[slot]) / a.temperature;
-    lse[slot] = sums[slot] == 0 ? lowest : static_cast<T>(std::log(sums[slot]) + shift);
+    const T shift = most.empty() ? T(0) : most[slot] / static_cast<T>(a.temperature);
+    lse[slot] = sums[slot] == 0 ? lowest : static_cast<T>(std::log(sums[slot]) + static_cast<double>(shift));
   }
 }
 
@@ -236,7 +236,7 @@ template <class T>
 struct Upstream {
   std::vector<double> share;  // [slots] of the positives
   Numbers<T> factor;          // [slots] g exp(-lse) where scores are plain, else g
-  Numbers<T> exponent;        // [slots] lse in units of ln 2
+  Numbers<T> lse;             // [slots], infinity where there is no g
   bool plain;
 
   Upstream(const ContrastiveBackward& problem, const Rows<T>& rows, const Classes& classes);
@@ -244,7 +244,7 @@ struct Upstream {
 
 template <class T>
 Upstream<T>::Upstream(const ContrastiveBackward& problem, const Rows<T>& rows, const Classes& classes)
-    : share(rows.slots.slots, 0.0), factor(rows.slots.slots), exponent(rows.slots.slots), plain(is_plain(rows, problem.rows)) {
+    : share(rows.slots.slots, 0.0), factor(rows.slots.slots), lse(rows.slots.slots), plain(is_plain(rows, problem.rows)) {
   const ContrastiveRows& a = problem.rows;
   std::vector<double> upstream(rows.slots.slots, 0.0);
   for (int64_t i = 0; i < a.samples; ++i) {
@@ -262,9 +262,8 @@ Upstream<T>::Upstream(const ContrastiveBackward& problem, const Rows<T>& rows, c
   }
   for (int64_t slot = 0; slot < rows.slots.slots; ++slot) {
     const double g = upstream[slot];
-    const double lse = g == 0 ? kInfinity<double> : static_cast<const T*>(problem.lse)[rows.slots.row_of(slot)];
-    factor[slot] = static_cast<T>(plain && g != 0 ? g * std::exp(-lse) : g);
-    exponent[slot] = static_cast<T>(lse * kLog2E);
+    lse[slot] = g == 0 ? kInfinity<T> : static_cast<const T*>(problem.lse)[rows.slots.row_of(slot)];
+    factor[slot] = static_cast<T>(plain && g != 0 ? g * std::exp(-static_cast<double>(lse[slot])) : g);
   }
 }
 
@@ -279,11 +278,10 @@ struct Weights {
 };
 
 template <class T>
-void find_weights(const Rows<T>& rows, const Block& one, const Block& other, const Upstream<T>& upstream, T scale,
-                  const Weights<T>& weights) {
+void find_weights(const Rows<T>& rows, const Block& one, const Block& other, const Upstream<T>& upstream,
+                  double temperature, const Weights<T>& weights) {
   using V = Vector<T>;
-  const V factor = V::set1(scale);
-  const T *g = upstream.factor.data(), *l = upstream.exponent.data();
+  const T *g = upstream.factor.data(), *l = upstream.lse.data();
   const auto over = [&](auto weight) CLUSTOPS_INLINE {
     over_tiles(rows, one, other, weights.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool) CLUSTOPS_INLINE {
       T* out = weights.numbers.data() + (row - one.first) * Weights<T>::kStride + column - other.first;
@@ -295,14 +293,17 @@ void find_weights(const Rows<T>& rows, const Block& one, const Block& other, con
     });
   };
   if (upstream.plain) {
+    const V factor = V::set1(static_cast<T>(kLog2E / temperature));
     over([&](V s, int64_t row, int64_t column) CLUSTOPS_INLINE {
       return exp2(s * factor) * (V::set1(g[row]) + V::load(g + column));
     });
   } else {
+    // A score rounded as the largest was for log-sum-exp: of the difference of the two nothing is left then.
+    const V divisor = V::set1(static_cast<T>(temperature)), to_base_2 = V::set1(static_cast<T>(kLog2E));
     over([&](V s, int64_t row, int64_t column) CLUSTOPS_INLINE {
-      const V zero = V::set1(0);
-      return fma(V::set1(g[row]), exp2(fma(s, factor, zero - V::set1(l[row]))),
-                 V::load(g + column) * exp2(fma(s, factor, zero - V::load(l + column))));
+      const V score = s / divisor;
+      return fma(V::set1(g[row]), exp2((score - V::set1(l[row])) * to_base_2),
+                 V::load(g + column) * exp2((score - V::load(l + column)) * to_base_2));
     });
   }
 }
@@ -395,9 +396,8 @@ void backward(const ContrastiveBackward& problem, int threads) {
   std::fill_n(repulsion.data(), rows.slots.slots * rows.chunks * kSide<T>, T(0));
   std::vector<Weights<T>> weights;
   for (int t = 0; t < threads; ++t) weights.emplace_back(rows);
-  const T scale = static_cast<T>(kLog2E / a.temperature);
   over_pairs(blocks_of(rows), threads, [&](const Block& one, const Block& other, int thread) {
-    find_weights(rows, one, other, upstream, scale, weights[thread]);
+    find_weights(rows, one, other, upstream, a.temperature, weights[thread]);
     add_products(rows, one, other, weights[thread].numbers.data(), repulsion.data());
   });
   const Numbers<T> results(threads * rows.chunks * kSide<T>);
