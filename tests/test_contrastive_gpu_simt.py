@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ class Problem:
         found = Results(program, arguments, *self.inputs(), lse, upstream.as_strided((span,), (1,)))
         return found.take(self.features.dtype, self.range[1], *self.features.shape[1:])
 
-    def options(self) -> tuple[float, float, bool, bool, bool]:
+    def options(self) -> tuple[Any, ...]:
         return self.temperature, self.threshold, self.reweight, self.own_confidence, self.normalize
 
     def exactly(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
