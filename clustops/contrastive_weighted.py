@@ -113,6 +113,10 @@ def _check_values(
         least = float(pair_weights.min()) if pair_weights.numel() else 0
         if least < 0:
             checks.reject("pair_weights", "at least 0", least, "clamp them: pair_weights.clamp(min=0)")
+        checks.check_finite(features, "features")
+        if group is not None:
+            expected, got = "finite, and pair_weights at least 0, on all ranks", "others on another rank"
+            checks.reject("features", expected, got, "look at that rank's message")
     check_values(norms, features, None, options, group)
 
 

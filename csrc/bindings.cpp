@@ -665,6 +665,134 @@ void bind_sinkhorn_cuda(py::module_& m) {
       },
       release());
 }
+
+// The kernels of one call around the matrix products of its caller, who keeps the tensors.
+struct ChunkedForward {
+  clustops::ContrastiveForward problem;
+  void *workspace, *stream;
+};
+struct ChunkedBackward {
+  clustops::ContrastiveBackward problem;
+  void *workspace, *stream;
+};
+
+int64_t padded_rows(const clustops::ContrastiveRows& rows) { return (rows.samples * rows.views + 127) / 128 * 128; }
+
+void expect_chunked(const clustops::ContrastiveRows& rows, const Tensor& workspace, const Tensor& z, bool backward) {
+  clustops::expect(workspace, "workspace", clustops::DType::i32, Device::cuda,
+                   {clustops::cuda::contrastive_chunked_workspace(rows, backward) / 4});
+  clustops::expect(z, "z", rows.dtype, Device::cuda, {padded_rows(rows), rows.width});
+}
+
+using Chunk = std::array<int64_t, 4>;  // row, rows, column, columns
+
+clustops::ContrastiveBlock chunk_of(const clustops::ContrastiveRows& rows, const Tensor& scores, const Chunk& c) {
+  for (const int64_t number : c) {
+    if (number < 0 || number % 128 != 0) throw std::invalid_argument("a block must be of multiples of 128");
+  }
+  const int64_t padded = padded_rows(rows);
+  if (c[0] + c[1] > padded || c[2] + c[3] > padded) throw std::invalid_argument("a block must lie within the rows");
+  clustops::expect(scores, "scores", clustops::DType::f32, Device::cuda, {c[1], c[3]});
+  return {scores.as<float>(), c[0], c[1], c[2], c[3], c[2] == 0, c[2] + c[3] == padded};
+}
+
+void bind_contrastive_chunked(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "contrastive_chunked_workspace",
+      [](const Tensor& features, bool backward) {
+        clustops::expect_dims(features, "features", 3);
+        const int64_t* shape = features.shape;
+        return cuda::contrastive_chunked_workspace(
+            {nullptr, features.dtype, shape[0], shape[1], shape[2], 0, shape[0], 1, false}, backward);
+      },
+      "bytes");
+  py::class_<ChunkedForward>(m, "ContrastiveChunks")
+      .def(py::init([](const Tensor& features, const Maybe& labels, const Maybe& confidence, int64_t first,
+                       int64_t count, double temperature, double threshold, bool reweight, bool own_confidence,
+                       bool normalize, const Tensor& loss, const Tensor& lse, const Tensor& weight, const Tensor& norms,
+                       const Tensor& workspace, const Tensor& z, uintptr_t stream) {
+             const ChunkedForward chunks{
+                 clustops::contrastive_arguments(features, pointer(labels), pointer(confidence), first, count,
+                                                 {temperature, threshold, reweight, own_confidence, normalize}, loss,
+                                                 lse, weight, norms, Device::cuda),
+                 workspace.data, reinterpret_cast<void*>(stream)};
+             expect_chunked(chunks.problem.rows, workspace, z, false);
+             cuda::contrastive_chunked_prepare(chunks.problem, chunks.workspace, z.data, chunks.stream);
+             return chunks;
+           }),
+           release())
+      .def(
+          "sums",
+          [](const ChunkedForward& chunks, const Tensor& scores, const Chunk& block) {
+            cuda::contrastive_chunked_sums(chunks.problem, chunks.workspace,
+                                           chunk_of(chunks.problem.rows, scores, block), chunks.stream);
+          },
+          release());
+  py::class_<ChunkedBackward>(m, "ContrastiveChunksBackward")
+      .def(py::init([](const Tensor& upstream, const Tensor& features, const Maybe& labels, const Maybe& confidence,
+                       const Tensor& lse, int64_t first, int64_t count, double temperature, double threshold,
+                       bool reweight, bool own_confidence, bool normalize, const Tensor& gradient,
+                       const Tensor& workspace, const Tensor& z, uintptr_t stream) {
+             const ChunkedBackward chunks{
+                 clustops::contrastive_backward_arguments(
+                     upstream, features, pointer(labels), pointer(confidence), lse, first, count,
+                     {temperature, threshold, reweight, own_confidence, normalize}, gradient, Device::cuda),
+                 workspace.data, reinterpret_cast<void*>(stream)};
+             expect_chunked(chunks.problem.rows, workspace, z, true);
+             cuda::contrastive_chunked_prepare(chunks.problem, chunks.workspace, z.data, chunks.stream);
+             return chunks;
+           }),
+           release())
+      .def(
+          "turn",
+          [](const ChunkedBackward& chunks, const Tensor& scores, const Tensor& gradients, const Chunk& block) {
+            const clustops::ContrastiveRows& rows = chunks.problem.rows;
+            clustops::expect(gradients, "gradients", rows.dtype, Device::cuda, {block[1], block[3]});
+            cuda::contrastive_chunked_turn(chunks.problem, chunks.workspace, chunk_of(rows, scores, block),
+                                           gradients.data, chunks.stream);
+          },
+          release())
+      .def(
+          "end",
+          [](const ChunkedBackward& chunks, const Tensor& sums, int64_t row) {
+            const clustops::ContrastiveRows& rows = chunks.problem.rows;
+            clustops::expect_dims(sums, "sums", 2);
+            clustops::expect(sums, "sums", clustops::DType::f32, Device::cuda, {sums.shape[0], rows.width});
+            if (row > rows.first * rows.views || row + sums.shape[0] < (rows.first + rows.count) * rows.views) {
+              throw std::invalid_argument("sums must hold the rows whose gradient is wanted");
+            }
+            cuda::contrastive_chunked_end(chunks.problem, chunks.workspace, sums.as<float>(), row, chunks.stream);
+          },
+          release());
+}
+
+void bind_contrastive_weighted_cuda(py::module_& m) {
+  namespace cuda = clustops::cuda;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "weighted_sums_cuda",
+      [](const Tensor& products, const Tensor& weights, const Tensor& shift, const Tensor& partition,
+         const Tensor& weighted, const Tensor& total, const Place& place, double temperature, uintptr_t stream) {
+        clustops::expect(products, "products", clustops::DType::f32, Device::cuda, {products.shape[0]});
+        cuda::weighted_sums(clustops::weighted_sums_arguments(products, weights, shift, partition, weighted, total,
+                                                              place_of(place), temperature, false, Device::cuda),
+                            reinterpret_cast<void*>(stream));
+      },
+      release());
+  m.def(
+      "weighted_gradient_cuda",
+      [](const Tensor& products, const Tensor& weights, const Tensor& grad, const Tensor& lse, const Tensor& share,
+         const Tensor& gradients, const Place& place, double temperature, uintptr_t stream) {
+        clustops::expect(products, "products", clustops::DType::f32, Device::cuda, {products.shape[0]});
+        clustops::expect(gradients, "gradients", gradients.dtype, Device::cuda, {products.shape[0]});
+        cuda::weighted_gradient(clustops::weighted_gradient_arguments(products, weights, grad, lse, share,
+                                                                      place_of(place), temperature, Device::cuda),
+                                gradients.dtype, gradients.data, reinterpret_cast<void*>(stream));
+      },
+      release());
+}
 #endif
 
 }  // namespace
@@ -688,5 +816,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_sinkhorn_cuda(m);
   bind_sinkhorn_loss_cuda(m);
   bind_contrastive_cuda(m);
+  bind_contrastive_chunked(m);
+  bind_contrastive_weighted_cuda(m);
 #endif
 }

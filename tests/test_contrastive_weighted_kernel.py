@@ -54,7 +54,8 @@ def draw(
     weights_dtype: torch.dtype = torch.float32,
 ) -> Problem:
     g = generator(seed)
-    features = torch.randn(n, views, d, generator=g).to(dtype)
+    length = 0.5 + torch.rand(n, views, 1, generator=g)
+    features = (unit(torch.randn(n, views, d, generator=g), dim=-1) * length).to(dtype)
     pair_weights = torch.rand(n, n, generator=g)
     pair_weights = torch.where(pair_weights > 0.6, pair_weights, 0).to(weights_dtype)
     return Problem(features, pair_weights[anchors], anchors.indices(n)[0])
@@ -246,7 +247,7 @@ def bad_on_one(rank: int, world: int, name: str) -> str:
 @pytest.mark.parametrize("name", ["features", "pair_weights"])
 def test_all_ranks_reject_what_is_bad_on_one(name: str) -> None:
     first, second = run_ranks(2, bad_on_one, name)
-    assert "finite on all ranks, got others on another rank" in first
+    assert "pair_weights at least 0, on all ranks, got others on another rank" in first
     assert f"{name} must be finite, got 1 NaN or infinite" in second
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import contrastive_rows as reference
+from . import contrastive_chunked as chunked
 from . import extension, view
 
 
@@ -23,6 +24,9 @@ def contrastive_rows(
     features, exact = features.detach().contiguous(), _exact()
     with torch.cuda.device(features.device):
         size = extension.contrastive_cuda_workspace(view(features), first, count, exact, False)
+        if size == 0 and features.dtype != torch.float64:
+            given = (features, labels, confidence, first, count)
+            return chunked.contrastive_rows(*given, *options, stream=_stream(features))
         if size == 0:
             return reference.contrastive_rows(features, labels, confidence, first, count, *options)
         loss = features.new_empty((count, features.shape[1]), dtype=torch.float32)
@@ -53,6 +57,9 @@ def contrastive_rows_backward(
     features, exact = features.detach().contiguous(), _exact()
     with torch.cuda.device(features.device):
         size = extension.contrastive_cuda_workspace(view(features), first, count, exact, True)
+        if size == 0 and features.dtype != torch.float64:
+            given = (grad, features, labels, confidence, lse, first, count)
+            return chunked.contrastive_rows_backward(*given, *options, stream=_stream(features))
         if size == 0:
             return reference.contrastive_rows_backward(
                 grad, features, labels, confidence, lse, first, count, *options

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..reference import contrastive_weighted_rows as reference
 from . import contrastive_weighted_cpu as cpu
+from . import contrastive_weighted_cuda as cuda
 from . import extension, register
 
 _cpu = hasattr(extension, "weighted_sums")
+_cuda = hasattr(extension, "weighted_sums_cuda")
 
 
 def _rows_fake(
@@ -46,6 +48,7 @@ register(
     reference=reference.weighted_contrastive_rows_backward,
     fake=_backward_fake,
     cpu=cpu.weighted_contrastive_rows_backward if _cpu else None,
+    cuda=cuda.weighted_contrastive_rows_backward if _cuda else None,
 )
 register(
     "weighted_contrastive_rows(Tensor features, Tensor pair_weights, SymInt first, float temperature, "
@@ -53,6 +56,7 @@ register(
     reference=reference.weighted_contrastive_rows,
     fake=_rows_fake,
     cpu=cpu.weighted_contrastive_rows if _cpu else None,
+    cuda=cuda.weighted_contrastive_rows if _cuda else None,
     setup_context=_save,
     backward=_differentiate,
 )

@@ -1,120 +1,46 @@
-"""The contrastive loss under any weights on a CPU: blocks of inner products by torch, all else by kernels."""
+"""The contrastive loss under any weights on a CPU: how blocks are multiplied and kernels called."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference import contrastive_rows as reference
-from . import dense_rows, extension, view
+from . import contrastive_weighted_blocks as blocks
+from . import extension
 
-# Rows and columns of a block of inner products: 1 MB in fp32 stays in the second cache of a core.
+# Rows and columns of a block: 1 MB in fp32 stays in the second cache of a core.
 _ROWS = 256
 _COLUMNS = 1024
 
-# Scores between +-_SPREAD have exponentials whose sums and quotients are normal numbers of fp32.
-_SPREAD = 40.0
 
-
-def weighted_contrastive_rows(
-    features: Tensor, pair_weights: Tensor, first: int, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weighted_contrastive_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``clustops::weighted_contrastive_rows``."""
-    rows = _rows(features, normalize)
-    norms = reference.extreme_norms(features, None, rows.dtype)
-    (count, n), views = pair_weights.shape, features.shape[1]
-    bound = (1.0 if normalize else float(norms[1]) ** 2) / temperature
-    # Under one shift for all scores, that of a pair serves both of its rows.
-    mirrored = bound <= _SPREAD
-    shift = rows.new_full(
-        (count * views,), bound / math.log(2) if mirrored else -math.inf, dtype=torch.double
-    )
-    partition, weighted = torch.zeros_like(shift), torch.zeros_like(shift)
-    total = shift.new_zeros(count)
-    blocks = _Blocks(rows, views)
-    given = [
-        view(t) for t in (blocks.room, dense_rows(pair_weights.detach()), shift, partition, weighted, total)
-    ]
-    for place in blocks.places(first, count, n, triangle=mirrored):
-        blocks.multiply(*place)
-        extension.weighted_sums(
-            *given, (views, first, *place), temperature, mirrored, torch.get_num_threads()
-        )
-    lse = partition.log2_().add_(shift).mul_(math.log(2)).view(count, views)
-    lse.clamp_min_(torch.finfo(rows.dtype).min)
-    mean = weighted.view(count, views) / (temperature * total[:, None])
-    norms = torch.where(total.isnan().any(), torch.nan, norms)
-    loss = torch.where(total[:, None] > 0, lse - mean, 0) + torch.where(norms[1].isnan(), torch.nan, 0)
-    return loss.to(rows.dtype), lse.to(rows.dtype), total.to(rows.dtype), norms
+    return blocks.losses(_device(), *arguments)
 
 
-def weighted_contrastive_rows_backward(
-    grad: Tensor,
-    features: Tensor,
-    pair_weights: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    first: int,
-    temperature: float,
-    normalize: bool,
-) -> Tensor:
+def weighted_contrastive_rows_backward(*arguments: Any) -> Tensor:
     """``clustops::weighted_contrastive_rows_backward``."""
-    rows, (count, n), views = _rows(features, normalize), pair_weights.shape, features.shape[1]
-    grad = torch.where(weight[:, None] > 0, grad, 0).to(rows.dtype)
-    share = torch.where(weight[:, None] > 0, grad / weight[:, None], 0)
-    per_row = [t.flatten() for t in (grad, lse / math.log(2), share)]
-    blocks, gradient = _Blocks(rows, views), torch.zeros_like(rows)
-    given = [view(t) for t in (blocks.room, dense_rows(pair_weights), *per_row)]
-    for place in blocks.places(first, count, n, triangle=True):
-        g = blocks.multiply(*place)
-        extension.weighted_gradient(*given, (views, first, *place), temperature, torch.get_num_threads())
-        row, height, column, width = place
-        anchors, columns = (
-            slice(row * views, (row + height) * views),
-            slice(column * views, (column + width) * views),
-        )
-        gradient[anchors].addmm_(g, rows[columns])
-        # Columns that are rows of no other block: beyond those of this one, or of no anchor.
-        is_anchor = first <= column < first + count
-        beyond = max(0, row + height - column) * views if is_anchor else 0
-        gradient[columns][beyond:].addmm_(g[:, beyond:].T, rows[anchors])
-    gradient = gradient.div_(temperature).view(features.shape)
-    return reference.through_norm(gradient, features, rows.view(features.shape), normalize)
+    return blocks.gradient(_device(), *arguments)
 
 
-def _rows(features: Tensor, normalize: bool) -> Tensor:
-    """z ``[N V, D]``."""
-    return reference.unit_rows(features.detach(), normalize).flatten(0, 1).contiguous()
+def _device() -> blocks.Device:
+    return blocks.Device(_ROWS, _COLUMNS, True, _sums, _gradient, _multiply, _operand)
 
 
-class _Blocks:
-    """Blocks of inner products of rows, one after the other in the same memory."""
+def _sums(*arguments: Any) -> None:
+    extension.weighted_sums(*arguments, torch.get_num_threads())
 
-    def __init__(self, rows: Tensor, views: int) -> None:
-        self.rows, self.views = rows, views
-        self.height, self.width = (max(1, most // views) for most in (_ROWS, _COLUMNS))
-        samples = rows.shape[0] // views
-        size = min(self.height, samples) * min(self.width, samples) * views**2
-        self.room = rows.new_empty((size,))
 
-    def places(
-        self, first: int, count: int, n: int, *, triangle: bool
-    ) -> Iterator[tuple[int, int, int, int]]:
-        """Samples as (row, rows, column, columns): anchors against all, or those above the diagonal.
+def _gradient(*arguments: Any) -> None:
+    # Gradients take the place of the products.
+    extension.weighted_gradient(*arguments[:5], *arguments[6:], torch.get_num_threads())
 
-        The columns of a block are all anchors or none.
-        """
-        for row in range(first, first + count, self.height):
-            rows = min(self.height, first + count - row)
-            for begin, end in ((0, first), (row if triangle else first, first + count), (first + count, n)):
-                for column in range(begin, end, self.width):
-                    yield row, rows, column, min(self.width, end - column)
 
-    def multiply(self, row: int, rows: int, column: int, columns: int) -> Tensor:
-        """The products of a block ``[rows V, columns V]``."""
-        v = self.views
-        a, b = self.rows[row * v : (row + rows) * v], self.rows[column * v : (column + columns) * v]
-        return torch.mm(a, b.T, out=self.room[: a.shape[0] * b.shape[0]].view(a.shape[0], b.shape[0]))
+def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def _operand(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,6 +1,7 @@
 // One block of inner products of the contrastive loss under any weights, checked once for CPU and CUDA alike.
 #pragma once
 
+#include "host_device.h"
 #include "tensor.h"
 
 namespace clustops {
@@ -17,7 +18,7 @@ struct WeightedBlock {
   int64_t column, columns;  // samples
   double temperature;
 
-  bool columns_are_anchors() const { return first <= column && column < first + anchors; }
+  CLUSTOPS_HOST_DEVICE bool columns_are_anchors() const { return first <= column && column < first + anchors; }
 };
 
 // What a block adds to the losses: of an anchor a over all rows b but itself

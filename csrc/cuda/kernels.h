@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../common/contrastive.h"
+#include "../common/contrastive_chunked.h"
+#include "../common/contrastive_weighted.h"
 #include "../common/kmeans_cuda.h"
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
@@ -47,5 +49,22 @@ int64_t contrastive_workspace(const ContrastiveRows& rows, bool exact);
 int64_t contrastive_backward_workspace(const ContrastiveRows& rows, bool exact);
 void contrastive_rows(const ContrastiveForward& problem, void* workspace, bool exact, void* stream);
 void contrastive_rows_backward(const ContrastiveBackward& problem, void* workspace, bool exact, void* stream);
+
+// The same for rows of any width, with matrix products in between that the caller makes. Rows are prepared as z
+// [rows to a multiple of 128, width], of the dtype of the features. Forward: sums of each block of scores; the last ends
+// its rows. Backward: gradients of scores, of the dtype of the features, for each block; then from the sums of these
+// times z, float32 [rows from `row` on, width], the result.
+int64_t contrastive_chunked_workspace(const ContrastiveRows& rows, bool backward);  // bytes
+void contrastive_chunked_prepare(const ContrastiveForward& problem, void* workspace, void* z, void* stream);
+void contrastive_chunked_prepare(const ContrastiveBackward& problem, void* workspace, void* z, void* stream);
+void contrastive_chunked_sums(const ContrastiveForward& problem, void* workspace, const ContrastiveBlock& block,
+                              void* stream);
+void contrastive_chunked_turn(const ContrastiveBackward& problem, void* workspace, const ContrastiveBlock& block,
+                              void* gradients, void* stream);
+void contrastive_chunked_end(const ContrastiveBackward& problem, void* workspace, const float* sums, int64_t row,
+                             void* stream);
+
+void weighted_sums(const WeightedSums& problem, void* stream);
+void weighted_gradient(const WeightedGradient& problem, DType dtype, void* gradients, void* stream);
 
 }  // namespace clustops::cuda

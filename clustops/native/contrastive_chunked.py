@@ -1,0 +1,124 @@
+"""Class losses on a GPU of rows too wide for its kernels: torch multiplies blocks, kernels do all else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extension, view
+
+# Rows and columns of a block: its scores, 32 MB, and their gradients stay in the second cache of a large GPU.
+_ROWS = 1024
+_COLUMNS = 8192
+_TILE = 128  # blocks are of whole tiles, the last of which is padded with zeros
+
+
+def contrastive_rows(
+    features: Tensor,
+    labels: Tensor | None,
+    confidence: Tensor | None,
+    first: int,
+    count: int,
+    *options: Any,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``clustops::contrastive_rows``."""
+    loss = features.new_empty((count, features.shape[1]), dtype=torch.float32)
+    lse, weight, norms = torch.empty_like(loss), loss.new_empty(count), loss.new_empty(2)
+    blocks = _Blocks(features, first, count)
+    workspace = _workspace(features, backward=False)
+    chunks = extension.ContrastiveChunks(
+        *_views(features, labels, confidence),
+        first,
+        count,
+        *options,
+        *_views(loss, lse, weight, norms, workspace, blocks.z),
+        stream,
+    )
+    for block in blocks:
+        chunks.sums(view(blocks.scores(*block)), block)
+    return loss, lse, weight, norms
+
+
+def contrastive_rows_backward(
+    grad: Tensor,
+    features: Tensor,
+    labels: Tensor | None,
+    confidence: Tensor | None,
+    lse: Tensor,
+    first: int,
+    count: int,
+    *options: Any,
+    stream: int,
+) -> Tensor:
+    """``clustops::contrastive_rows_backward``."""
+    gradient = features.new_empty((count, *features.shape[1:]))
+    blocks = _Blocks(features, first, count)
+    workspace = _workspace(features, backward=True)
+    chunks = extension.ContrastiveChunksBackward(
+        view(grad.detach().to(lse.dtype)),
+        *_views(features, labels, confidence, lse),
+        first,
+        count,
+        *options,
+        *_views(gradient, workspace, blocks.z),
+        stream,
+    )
+    sums = blocks.z.new_empty((blocks.last - blocks.first, features.shape[2]), dtype=torch.float32)
+    room = None if features.dtype == torch.float32 else torch.empty_like(blocks.room, dtype=features.dtype)
+    for row, rows, column, columns in blocks:
+        scores = blocks.scores(row, rows, column, columns)
+        turned = scores if room is None else room[: scores.numel()].view_as(scores)
+        chunks.turn(view(scores), view(turned), (row, rows, column, columns))
+        into = sums[row - blocks.first :][:rows]
+        multiply(turned, blocks.z[column : column + columns], into, add=column > 0)
+    chunks.end(view(sums), blocks.first)
+    return gradient
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """``a b`` in ``out``, or added to it: in fp32 whatever the operands are."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if add:
+        return out.add_(multiply(a, b, torch.empty_like(out)))
+    return torch.mm(a, b, out.dtype, out=out)
+
+
+class _Blocks:
+    """Blocks of scores, (row, rows, column, columns), one after the other in the same memory."""
+
+    def __init__(self, features: Tensor, first: int, count: int) -> None:
+        n, views, width = features.shape
+        self.padded = _whole_tiles(n * views)
+        self.z = features.new_empty((self.padded, width))
+        self.first = first * views // _TILE * _TILE
+        self.last = _whole_tiles((first + count) * views) if count else self.first
+        size = min(_ROWS, self.last - self.first) * min(_COLUMNS, self.padded)
+        self.room = features.new_empty((size,), dtype=torch.float32)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        for row in range(self.first, self.last, _ROWS):
+            for column in range(0, self.padded, _COLUMNS):
+                yield row, min(_ROWS, self.last - row), column, min(_COLUMNS, self.padded - column)
+
+    def scores(self, row: int, rows: int, column: int, columns: int) -> Tensor:
+        """z z' of a block."""
+        out = self.room[: rows * columns].view(rows, columns)
+        return multiply(self.z[row : row + rows], self.z[column : column + columns].T, out)
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _TILE) * _TILE
+
+
+def _workspace(features: Tensor, *, backward: bool) -> Tensor:
+    size = extension.contrastive_chunked_workspace(view(features), backward)
+    return features.new_empty(size // 4, dtype=torch.int32)
+
+
+def _views(*tensors: Tensor | None) -> tuple[object, ...]:
+    return tuple(None if t is None else view(t.contiguous()) for t in tensors)
