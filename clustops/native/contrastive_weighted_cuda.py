@@ -22,7 +22,7 @@ def weighted_contrastive_rows(features: Tensor, *rest: Any) -> tuple[Tensor, Ten
     if features.dtype == torch.float64:
         return reference.weighted_contrastive_rows(features, *rest)
     with torch.cuda.device(features.device):
-        return blocks.losses(_device(features), features, *rest)
+        return blocks.losses(_device(_stream(features)), features, *rest)
 
 
 def weighted_contrastive_rows_backward(grad: Tensor, features: Tensor, *rest: Any) -> Tensor:
@@ -30,11 +30,14 @@ def weighted_contrastive_rows_backward(grad: Tensor, features: Tensor, *rest: An
     if features.dtype == torch.float64:
         return reference.weighted_contrastive_rows_backward(grad, features, *rest)
     with torch.cuda.device(features.device):
-        return blocks.gradient(_device(features), grad, features, *rest)
+        return blocks.gradient(_device(_stream(features)), grad, features, *rest)
 
 
-def _device(features: Tensor) -> blocks.Device:
-    stream = int(torch.cuda.current_stream(features.device).cuda_stream)
+def _stream(x: Tensor) -> int:
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
+def _device(stream: int) -> blocks.Device:
     return blocks.Device(
         _ROWS,
         _COLUMNS,
