@@ -1,7 +1,7 @@
 """Class losses of wide rows, and losses under any weights, as a GPU computes them.
 
-The Python around the kernels runs as it is; the kernels run on the CPU, thread by thread, under the address and
-undefined-behaviour sanitizers, in three orders of the threads of a block; matrix products are torch's.
+The Python around the kernels runs as it is; the kernels run on the CPU, thread by thread, under the address
+and undefined-behaviour sanitizers, in three orders of the threads of a block; matrix products are torch's.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Kernels:
     """The extension, whose kernels are runs of the program; tensors stand for their views."""
 
+    order = 0  # of threads
+
     def __init__(self, program: Path) -> None:
-        self.program, self.order = program, 0
+        self.program = program
 
     def run(self, command: str, arguments: list[Any], *inputs: Any) -> Results:
         given = [x.contiguous() for x in inputs if x is not None]
@@ -158,7 +160,7 @@ def gpu(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_in(order: int) -> None:
     """Threads of a block run forward, in reverse, or shuffled."""
-    chunked.extension.order = order
+    Kernels.order = order
 
 
 def batch(seed: int, n: int, views: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +233,7 @@ def test_without_labels_and_confidence() -> None:
 def test_small_upstream_gradients_do_not_vanish_in_fp16() -> None:
     run_in(0)
     features, labels, confidence = batch(0, 60, 2, 16, torch.float16)
-    options = (0.2, 0.3, True, False, False)
+    options: tuple[Any, ...] = (0.2, 0.3, True, False, False)
     given = (features.double(), labels, confidence)
     lse = reference.contrastive_rows(*given, 0, 60, *options)[1]
     upstream = torch.full((60, 2), 1e-4)
@@ -256,7 +258,7 @@ def test_a_bad_value_makes_class_losses_nan(where: str) -> None:
 
 def test_class_losses_are_the_same_bits_in_every_order_of_threads() -> None:
     features, labels, confidence = batch(0, 70, 2, 40, torch.bfloat16)
-    given = (features, labels, confidence, 0, 70, 0.2, 0.3, True, False, True)
+    given: tuple[Any, ...] = (features, labels, confidence, 0, 70, 0.2, 0.3, True, False, True)
     runs = []
     for order in (0, 1, 2):
         run_in(order)
@@ -270,7 +272,8 @@ def test_class_losses_are_the_same_bits_in_every_order_of_threads() -> None:
 
 def weighted_losses(features: Tensor, w: Tensor, first: int, temperature: float, normalize: bool) -> None:
     """Both directions against the reference in fp64."""
-    dtype, options = features.dtype, (first, temperature, normalize)
+    dtype = features.dtype
+    options: tuple[Any, ...] = (first, temperature, normalize)
     # Sixteen bits: inner products of rows that were rounded after they were normalised.
     scale = 5 if dtype == torch.float32 else 1 + 0.2 / temperature
     exact = weighted_reference.weighted_contrastive_rows(features.double(), w.double(), *options)
