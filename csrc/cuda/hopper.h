@@ -30,13 +30,13 @@ struct Bulk {
 };
 inline std::vector<Bulk> bulk;  // copies under way
 
-struct Product {
-  float* sums;
-  const unsigned char *a, *b;
-  int depth_step;
-  bool fresh;
-};
-inline std::vector<std::vector<Product>> products[1024];  // a vector for each group that a thread has issued
+inline std::vector<std::vector<std::function<void()>>> products[1024];  // a vector for each group of a thread
+
+// Sums change as soon, or as late, as is allowed.
+inline void multiply(std::function<void()> product) {
+  if (simt::order == simt::Order::forward) return product();
+  products[threadIdx.x].back().push_back(std::move(product));
+}
 
 // The features of one depth step in a row of a block.
 inline void load_step(const unsigned char* block, int row, int depth_step, double (&v)[kDepth]) {
@@ -45,15 +45,15 @@ inline void load_step(const unsigned char* block, int row, int depth_step, doubl
   for (int k = 0; k < kDepth; ++k) v[k] = bf16_of(bits[k], 0);
 }
 
-inline void run(const Product& p) {
+inline void run(float* sums, const unsigned char* block_a, const unsigned char* block_b, int depth_step, bool fresh) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32 % 4);
   double a[2][kDepth], b[kDepth];
-  for (int half = 0; half < 2; ++half) load_step(p.a, 16 * warp + 8 * half + lane / 4, p.depth_step, a[half]);
+  for (int half = 0; half < 2; ++half) load_step(block_a, 16 * warp + 8 * half + lane / 4, depth_step, a[half]);
   for (int i = 0; i < kSums / 2; ++i) {
-    load_step(p.b, 8 * (i / 2) + 2 * (lane % 4) + i % 2, p.depth_step, b);
+    load_step(block_b, 8 * (i / 2) + 2 * (lane % 4) + i % 2, depth_step, b);
     for (int half = 0; half < 2; ++half) {
-      float& sum = p.sums[4 * (i / 2) + 2 * half + i % 2];
-      double total = p.fresh ? 0.0 : sum;
+      float& sum = sums[4 * (i / 2) + 2 * half + i % 2];
+      double total = fresh ? 0.0 : sum;
       for (int k = 0; k < kDepth; ++k) total += a[half][k] * b[k];
       sum = truncated(total);
     }
@@ -115,15 +115,15 @@ inline void wait_for(Barrier* barrier, uint32_t phase) {
   simt::poll([&] { return barrier->phase != phase; });
 }
 
-inline void begin_products(float (&)[kSums]) {
+template <int kCount>
+void begin_products(float (&)[kCount]) {
   if (twin::products[threadIdx.x].empty()) twin::products[threadIdx.x].emplace_back();
 }
 
 inline void multiply_group(float (&sums)[kSums], const unsigned char* a, const unsigned char* b, int depth_step,
                            bool fresh) {
-  const twin::Product product{sums, a, b, depth_step, fresh};
-  if (simt::order == simt::Order::forward) return twin::run(product);
-  twin::products[threadIdx.x].back().push_back(product);
+  float* const to = sums;
+  twin::multiply([=] { twin::run(to, a, b, depth_step, fresh); });
 }
 
 inline void commit_products() { twin::products[threadIdx.x].emplace_back(); }
@@ -132,12 +132,13 @@ template <int kOpen>
 void wait_for_products() {
   auto& groups = twin::products[threadIdx.x];
   while (groups.size() > kOpen + 1) {
-    for (const twin::Product& product : groups.front()) twin::run(product);
+    for (const auto& product : groups.front()) product();
     groups.erase(groups.begin());
   }
 }
 
-inline void read_products(float (&)[kSums]) {}
+template <int kCount>
+void read_products(float (&)[kCount]) {}
 
 template <int kCount>
 void more_registers() {}
@@ -193,12 +194,14 @@ __device__ inline void wait_for(Barrier* barrier, uint32_t phase) {
 }
 
 // Keeps the compiler from moving uses of `sums` across this point.
-__device__ inline void read_products(float (&sums)[kSums]) {
+template <int kCount>
+__device__ void read_products(float (&sums)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-__device__ inline void begin_products(float (&sums)[kSums]) {
+template <int kCount>
+__device__ void begin_products(float (&sums)[kCount]) {
   read_products(sums);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
