@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .case import OURS, Case, Implementation, Inputs, Result, Run, Target, Work, both, relative_error
+from .contrastive_weighted import weighted
 
 TEMPERATURE = 0.07
 VIEWS = 2
@@ -29,6 +30,8 @@ def cases(suite: str) -> list[Case]:
             ccssl(2048, 128, targets={DENSE: both(6)}),
             ccssl(8192, 128, targets={DENSE: both(18)}),
             supcon(2048, 128),
+            weighted(896, 64),
+            weighted(4096, 128),
         ]
     bf16 = torch.bfloat16
     return [
@@ -40,6 +43,8 @@ def cases(suite: str) -> list[Case]:
         ccssl(65_536, 128, dtype=bf16, us=7e3),
         ccssl(262_144, 128, dtype=bf16, us=110e3),
         supcon(8192, 128),
+        weighted(8192, 128, dtype=bf16),
+        weighted(8192, 128),
     ]
 
 

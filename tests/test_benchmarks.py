@@ -338,6 +338,7 @@ ON_ANY_DEVICE = [
     sinkhorn.swapped(3, 40, 30),
     contrastive.ccssl(64, 16),
     contrastive.supcon(64, 16),
+    contrastive.weighted(64, 16),
 ]
 ON_THE_CPU = [
     sampler.epoch(3000, 50, "as one tensor", sampler.TENSORS, None),
