@@ -1,6 +1,7 @@
 // Class losses of single anchors on tensor cores by mma.sync; nothing [rows, rows] is written.
 #include <type_traits>
 
+#include "contrastive_sm90.h"
 #include "contrastive_tiles.h"
 #include "kernels.h"
 
@@ -124,6 +125,7 @@ constexpr int kMostSplits = 16;
 struct Plan {
   Prepared p;
   Split split;
+  bool sm90;
   int m, columns;
   RowSums* sums;
   unsigned* tickets;
@@ -131,9 +133,11 @@ struct Plan {
 
   Plan(const ContrastiveRows& r, Operand operand, void* workspace) {
     p = prepared_rows(r.samples, r.views, r.width, operand, false, workspace, &bytes);
+    const int64_t first = r.first * r.views, last = first + r.count * r.views;
+    sm90 = sm90_suits(p, last - first);
     columns = columns_for(p.chunks);
-    m = p.rows >= kManyRows && p.chunks <= 4 ? 2 : 1;
-    split = split_of(p.rows, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
+    m = sm90 ? kForwardRows90 / 64 : p.rows >= kManyRows && p.chunks <= 4 ? 2 : 1;
+    split = sm90 ? forward_split_sm90(p, first, last) : split_of(p.rows, first, last, 64 * m, columns, kMostSplits);
     const int64_t rows = split.row_blocks * 64 * m;
     sums = reinterpret_cast<RowSums*>(static_cast<unsigned char*>(workspace) + bytes);
     bytes += split.splits * rows * static_cast<int64_t>(sizeof(RowSums));
@@ -189,6 +193,7 @@ void contrastive_rows(const ContrastiveForward& problem, void* workspace, bool e
                       static_cast<float*>(problem.lse),
                       static_cast<float*>(problem.weight),
                       static_cast<float*>(problem.norms)};
+  if (plan.sm90) return forward_sm90(t, stream);
   switch (operand) {
     case Operand::bf16: return run<Operand::bf16>(t, plan, stream);
     case Operand::f16: return run<Operand::f16>(t, plan, stream);

@@ -1,6 +1,7 @@
 // Gradients of class losses on tensor cores by mma.sync, from scores computed again; nothing [rows, rows] is written.
 #include <type_traits>
 
+#include "contrastive_sm90.h"
 #include "contrastive_tiles.h"
 #include "kernels.h"
 
@@ -168,6 +169,7 @@ constexpr int kMostSplits = 8;
 struct Plan {
   Prepared p;
   Split split;
+  bool sm90;
   int m, columns, features;
   float* sums;
   unsigned* tickets;
@@ -175,10 +177,12 @@ struct Plan {
 
   Plan(const ContrastiveRows& r, Operand operand, void* workspace) {
     p = prepared_rows(r.samples, r.views, r.width, operand, true, workspace, &bytes);
+    const int64_t first = r.first * r.views, last = first + r.count * r.views;
+    sm90 = sm90_suits(p, last - first);
     columns = columns_for(p.chunks);
-    features = r.width <= 64 ? 64 : r.width <= 128 ? 128 : 256;
-    m = p.rows >= kManyRows && features <= 128 && bytes_of(operand) == 2 ? 2 : 1;
-    split = split_of(p.rows, r.first * r.views, (r.first + r.count) * r.views, 64 * m, columns, kMostSplits);
+    features = sm90 ? p.chunks * kChunk : r.width <= 64 ? 64 : r.width <= 128 ? 128 : 256;
+    m = sm90 ? kBackwardRows90 / 64 : p.rows >= kManyRows && features <= 128 && bytes_of(operand) == 2 ? 2 : 1;
+    split = sm90 ? backward_split_sm90(p, first, last) : split_of(p.rows, first, last, 64 * m, columns, kMostSplits);
     sums = reinterpret_cast<float*>(static_cast<unsigned char*>(workspace) + bytes);
     if (split.splits > 1) bytes += split.splits * split.row_blocks * 64 * m * features * 4;
     tickets = reinterpret_cast<unsigned*>(static_cast<unsigned char*>(workspace) + bytes);
@@ -235,6 +239,7 @@ void contrastive_rows_backward(const ContrastiveBackward& problem, void* workspa
                        plan.tickets,
                        r.features,
                        problem.gradient};
+  if (plan.sm90) return backward_sm90(t, stream);
   switch (operand) {
     case Operand::bf16: return run<Operand::bf16>(t, plan, stream);
     case Operand::f16: return run<Operand::f16>(t, plan, stream);

@@ -104,15 +104,21 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* barri
   twin::bulk.push_back(copy);
 }
 
-inline void wait_for(Barrier* barrier, uint32_t phase) {
+// The copy that this barrier has waited for longest arrives.
+inline void finish_one(const Barrier* barrier) {
   for (std::size_t i = 0; i < twin::bulk.size(); ++i) {
     if (twin::bulk[i].barrier != barrier) continue;
     const twin::Bulk copy = twin::bulk[i];
     twin::bulk.erase(twin::bulk.begin() + static_cast<std::ptrdiff_t>(i));
-    finish(copy);
-    break;
+    return finish(copy);
   }
-  simt::poll([&] { return barrier->phase != phase; });
+}
+
+inline void wait_for(Barrier* barrier, uint32_t phase) {
+  simt::poll([&] {
+    if (barrier->phase == phase) finish_one(barrier);
+    return barrier->phase != phase;
+  });
 }
 
 template <int kCount>

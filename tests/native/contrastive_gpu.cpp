@@ -31,7 +31,7 @@ struct Aligned {
 
 // Arguments: operation, order of threads, dtype, samples, views, width, first, count, temperature, normalize, elements before
 // the features, whether there are labels, whether and in which dtype confidence (-1: none), threshold, reweight,
-// own_confidence, exact, bytes of shared memory; for the gradient the strides of the upstream one.
+// own_confidence, exact, bytes of shared memory, whether it is Hopper; for the gradient the strides of the upstream one.
 int main(int, char** text) {
   const bool backward = std::string(text[1]) == "gradient";
   simt::order = static_cast<simt::Order>(std::atoi(text[2]));
@@ -53,6 +53,7 @@ int main(int, char** text) {
   c.threshold = std::atof(text[14]), c.reweight = std::atoi(text[15]) != 0, c.own_confidence = std::atoi(text[16]) != 0;
   const bool exact = std::atoi(text[17]) != 0;
   cuda::shared_limit = std::atoll(text[18]);
+  cuda::is_hopper = std::atoi(text[19]) != 0;
   if (!backward) {
     auto loss = room(anchors * 4), lse = room(anchors * 4), weight = room(r.count * 4), norms = room(8);
     const Aligned workspace(cuda::contrastive_workspace(r, exact));
@@ -60,7 +61,7 @@ int main(int, char** text) {
     for (const auto* result : {&loss, &lse, &weight, &norms}) write(*result);
     return 0;
   }
-  const int64_t sample_stride = std::atoll(text[19]), view_stride = std::atoll(text[20]);
+  const int64_t sample_stride = std::atoll(text[20]), view_stride = std::atoll(text[21]);
   auto lse = read<float>(rows);
   auto upstream = read<float>(rows == 0 ? 0 : (r.samples - 1) * sample_stride + (r.views - 1) * view_stride + 1);
   auto gradient = room(anchors * r.width * size_of(r.dtype));
