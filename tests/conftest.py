@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import simt
 import torch
 from hypothesis import HealthCheck, settings
 from paths import EVERYWHERE, ON_CPU, instruction_sets, served_by
@@ -50,3 +51,10 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[str]:
     """As ``path``, without the GPU, which forked processes cannot use."""
     with served_by(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def contrastive_gpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CUDA kernels of the class losses on the CPU: compiled once for all modules that run them."""
+    kernels = [f"contrastive{part}.cu" for part in ("", "_backward", "_prepare", "_sm90")]
+    return simt.build(tmp_path_factory.mktemp("simt"), "contrastive_gpu", *kernels)

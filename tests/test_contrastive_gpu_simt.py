@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simt import DTYPES, Results, build, needs_compiler
+from simt import DTYPES, Results, needs_compiler
 from support import assert_close, generator, seeds
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -30,10 +30,8 @@ kinds = st.sampled_from(KINDS)
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("simt")
-    kernels = ["contrastive.cu", "contrastive_backward.cu", "contrastive_prepare.cu"]
-    return build(folder, "contrastive_gpu", *kernels, optimize="-O1")
+def program(contrastive_gpu: Path) -> Path:
+    return contrastive_gpu
 
 
 @dataclass
@@ -53,6 +51,7 @@ class Problem:
     order: int = 0
     before: int = 0
     shared: int = 160 << 10
+    hopper: bool = False
     upstream: Tensor | None = None
 
     @property
@@ -61,10 +60,11 @@ class Problem:
 
     def arguments(self, operation: str) -> list[object]:
         given = -1 if self.confidence is None else DTYPES[self.confidence.dtype]
-        flags = [self.threshold, *map(int, (self.reweight, self.own_confidence, self.exact)), self.shared]
+        flags = [self.threshold, *map(int, (self.reweight, self.own_confidence, self.exact))]
+        machine = [self.shared, int(self.hopper)]
         sizes = [*self.features.shape, *self.range, self.temperature, int(self.normalize), self.before]
         labelled = int(self.labels is not None)
-        return [operation, self.order, DTYPES[self.features.dtype], *sizes, labelled, given, *flags]
+        return [operation, self.order, DTYPES[self.features.dtype], *sizes, labelled, given, *flags, *machine]
 
     def inputs(self) -> list[Tensor]:
         before = torch.full((self.before,), torch.nan, dtype=self.features.dtype)

@@ -42,7 +42,6 @@ struct alignas(16) GradientPair {
 template <int kChunks, int kRowsOfCta, class Pair>
 struct Room {
   static constexpr int kRows = kRowsOfCta, kColumns = columns_of(kChunks);
-  static constexpr int kScores = kColumns / 2;  // of a tile, of a thread
   static constexpr int kRowBlock = kRows * kChunkBytes, kColumnBlock = kColumns * kChunkBytes;
   static constexpr int kStage = kChunks * kColumnBlock, kPairs = kColumns / 2 * static_cast<int>(sizeof(Pair));
   static constexpr int kFit = (kRoom - kAlign - 128 - kChunks * kRowBlock) / (kStage + kPairs);
@@ -166,7 +165,7 @@ __device__ inline GradientPair gradients_at(const Prepared& p, int64_t column, f
 
 // Issues the scores of 64 rows with a tile.
 template <Operand kOperand, int kChunks, class R>
-__device__ void begin_scores(float (&x)[R::kScores], const unsigned char* rows, const unsigned char* tile) {
+__device__ void begin_scores(float (&x)[R::kColumns / 2], const unsigned char* rows, const unsigned char* tile) {
   begin_products(x);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -279,7 +278,7 @@ __device__ void sum_tiles(const ForwardTask& t, Pairs pairs, unsigned char* shar
   const unsigned char* const mine = shared + group * 2 * kGroupRows * kChunkBytes;
   const Edge edge(pairs, first, 2 * kGroupRows);
   Sums sums[2] = {Sums(t.p, pairs, row), Sums(t.p, pairs, row + kGroupRows)};
-  float x[2][R::kScores];
+  float x[2][R::kColumns / 2];
 
   const auto begin = [&](int h, int stage) {
     begin_scores<kOperand, kChunks, R>(x[h], mine + h * kGroupRows * kChunkBytes,
@@ -438,7 +437,7 @@ __device__ void pull_tiles(const BackwardTask& t, Pairs pairs, float factor, uns
   const unsigned char* const mine = shared + group * kGroupRows * kChunkBytes;
   const Edge edge(pairs, first, kGroupRows);
   const Pulls pulls(t.p, row_of_thread(first), factor);
-  float x[R::kScores];
+  float x[R::kColumns / 2];
   uint32_t weights[R::kColumns / kDepth][4];
 
   const auto begin = [&](int stage) {
