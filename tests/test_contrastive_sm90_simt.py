@@ -25,7 +25,7 @@ def program(contrastive_gpu: Path) -> Path:
 
 
 def on_hopper(n: int, views: int, d: int, dtype: torch.dtype, seed: int = 0, **changes: object) -> Problem:
-    return replace(draw(n, views, d, dtype, seed), hopper=True, **changes)
+    return replace(draw(n, views, d, (dtype, True), seed), hopper=True, **changes)
 
 
 @settings(max_examples=8)
@@ -51,7 +51,7 @@ def test_losses_and_gradients_are_the_reference_s(
     seed: int,
 ) -> None:
     problem = on_hopper(n, views, d, dtype, seed, normalize=not unit, own_confidence=own_confidence)
-    assert_is_the_reference(program, replace(problem, order=order), seed)
+    assert_is_the_reference(program, replace(problem, order=order))
 
 
 @pytest.mark.parametrize("order", range(3))
@@ -72,7 +72,7 @@ def test_the_views_of_a_sample_may_lie_in_two_tiles(program: Path, views: int) -
     assert_is_the_reference(program, on_hopper(60, views, 64, torch.float16, order=2))
 
 
-@pytest.mark.parametrize(("dtype", "order"), zip(HALVES, [1, 2], strict=True))
+@pytest.mark.parametrize(("dtype", "order"), [(torch.bfloat16, 1), (torch.float16, 2)])
 def test_rows_far_from_unit_norm_and_cold_softmaxes_are_exact(
     program: Path, dtype: torch.dtype, order: int
 ) -> None:
