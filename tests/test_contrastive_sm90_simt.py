@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def program(contrastive_gpu: Path) -> Path:
     return contrastive_gpu
 
 
-def on_hopper(n: int, views: int, d: int, dtype: torch.dtype, seed: int = 0, **changes: object) -> Problem:
+def on_hopper(n: int, views: int, d: int, dtype: torch.dtype, seed: int = 0, **changes: Any) -> Problem:
     return replace(draw(n, views, d, (dtype, True), seed), hopper=True, **changes)
 
 
