@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) class_rows(ForwardTask t, Til
     const int split = static_cast<int>(unit % t.split.splits);
     const int64_t row0 = t.split.first_row + block * kRows;
     fetch_rows<kRows>(t.p, row0, shared + at.rows);  // arrives with the first tile
+    const Edge edge(pairs, row0, kRows);
     RowSums sums[kM][2];
     RowPlace place_of[kM][2];
     int32_t number[kM][2];
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) class_rows(ForwardTask t, Til
           const float* q = reinterpret_cast<const float*>(stage + at.arrays + kColumns * 4) + first;
           const int32_t b0 = static_cast<int32_t>(tile * kColumns) + first;
           const auto column = [](int i) { return 8 * (i / 2) + i % 2; };
-          const bool edge = on_edge(pairs, row0, kRows, tile * kColumns, kColumns);
+          const bool on_edge = edge.meets(tile * kColumns, kColumns);
 #pragma unroll
           for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) class_rows(ForwardTask t, Til
                 sums[m][half].template take<2 * kN, decltype(on)::value>(pairs, place_of[m][half], number[m][half],
                                                                          score, b0, numbers, q, column);
               };
-              edge ? take(std::true_type()) : take(std::false_type());
+              on_edge ? take(std::true_type()) : take(std::false_type());
             }
           }
         });

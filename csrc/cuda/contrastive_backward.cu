@@ -16,18 +16,24 @@ template <int kColumns>
 struct ColumnArrays {
   const unsigned char* base;
 
-  __device__ const float* array(int i) const { return reinterpret_cast<const float*>(base + i * kColumns * 4); }
+  __device__ float2 two(int array, int c) const {
+    return *reinterpret_cast<const float2*>(base + (array * kColumns + c) * 4);
+  }
+  // Columns c and c + 1, c even.
   template <bool kFixed>
-  __device__ PairRow row(int c) const {
-    PairRow b{};
-    b.number = reinterpret_cast<const int32_t*>(base)[c];
-    b.q = array(1)[c], b.share = array(2)[c];
+  __device__ void load(int c, PairRow (&b)[2]) const {
+    const int32_t* number = reinterpret_cast<const int32_t*>(base) + c;
+    const float2 q = two(1, c), share = two(2, c);
+    b[0].number = number[0], b[0].q = q.x, b[0].share = share.x;
+    b[1].number = number[1], b[1].q = q.y, b[1].share = share.y;
     if (kFixed) {
-      b.strength = array(3)[c];
+      const float2 strength = two(3, c);
+      b[0].strength = strength.x, b[1].strength = strength.y;
     } else {
-      b.upstream = array(4)[c], b.log_partition = array(5)[c];
+      const float2 upstream = two(4, c), log_partition = two(5, c);
+      b[0].upstream = upstream.x, b[1].upstream = upstream.y;
+      b[0].log_partition = log_partition.x, b[1].log_partition = log_partition.y;
     }
-    return b;
   }
 };
 
@@ -96,6 +102,7 @@ __global__ void __launch_bounds__(kTileThreads, 1) class_gradients(BackwardTask 
     const int split = static_cast<int>(unit % t.split.splits);
     const int64_t row0 = t.split.first_row + block * kRows;
     fetch_rows<kRows>(t.p, row0, shared + at.rows);  // arrives with the first tile
+    const Edge edge(pairs, row0, kRows);
     float sums[kM][kFeatures / 8][4] = {};
     for_tiles(
         at, shared, t.split.begin(split), t.split.begin(split + 1),
@@ -106,29 +113,35 @@ __global__ void __launch_bounds__(kTileThreads, 1) class_gradients(BackwardTask 
                                                            8 * kN * column_warp, t.p.chunks, x);
           const ColumnArrays<kColumns> columns{stage + at.arrays};
           const int first = 8 * kN * column_warp + 2 * (lane % 4);
-          const auto derive = [&](auto fixed, auto edge) {
-            constexpr bool kFixed = decltype(fixed)::value, kEdge = decltype(edge)::value;
+          const auto derive = [&](auto fixed, auto on_edge) {
+            constexpr bool kFixed = decltype(fixed)::value, kEdge = decltype(on_edge)::value;
+            PairRow a[kM][2];
 #pragma unroll
             for (int m = 0; m < kM; ++m) {
 #pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const int64_t row = row0 + row_of(m, half, kM);
-                const RowPlace place(row, kEdge ? pairs.views : 1);
-                const PairRow a = row_at(t.p, row);
-                const float own = kEdge ? t.p.own[row] : 0.0f;
+              for (int half = 0; half < 2; ++half) a[m][half] = row_at(t.p, row0 + row_of(m, half, kM));
+            }
 #pragma unroll
-                for (int i = 0; i < 2 * kN; ++i) {
-                  const int c = first + 8 * (i / 2) + i % 2;
-                  float& score = x[m][i / 2][2 * half + i % 2];
-                  score = pair_gradient<kFixed, kEdge>(pairs, place, a, own, columns.template row<kFixed>(c),
-                                                       static_cast<int32_t>(tile * kColumns) + c, score) * factor;
+            for (int n = 0; n < kN; ++n) {
+              PairRow b[2];
+              columns.template load<kFixed>(first + 8 * n, b);
+#pragma unroll
+              for (int m = 0; m < kM; ++m) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  const int64_t row = row0 + row_of(m, i / 2, kM);
+                  const RowPlace place(row, kEdge ? pairs.views : 1);
+                  const float own = kEdge ? t.p.own[row] : 0.0f;
+                  const int32_t column = static_cast<int32_t>(tile * kColumns) + first + 8 * n + i % 2;
+                  float& score = x[m][n][i];
+                  score = factor *
+                          pair_gradient<kFixed, kEdge>(pairs, place, a[m][i / 2], own, b[i % 2], column, score);
                 }
               }
             }
           };
           const auto with = [&](auto fixed) {
-            on_edge(pairs, row0, kRows, tile * kColumns, kColumns) ? derive(fixed, std::true_type())
-                                                                   : derive(fixed, std::false_type());
+            edge.meets(tile * kColumns, kColumns) ? derive(fixed, std::true_type()) : derive(fixed, std::false_type());
           };
           pairs.fixed ? with(std::true_type()) : with(std::false_type());
           multiply_gradients<kOperand, kM, kN, kColumns, kFeatures>(x, stage, 8 * kN * column_warp, t.p.chunks, sums);

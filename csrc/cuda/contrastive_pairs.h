@@ -34,19 +34,26 @@ struct RowPlace {
 
   __device__ RowPlace() {}
   __device__ RowPlace(int64_t a, int64_t views)
-      : row(static_cast<int32_t>(a)), own_begin(static_cast<int32_t>(a / views * views)) {}
+      : row(static_cast<int32_t>(a)),
+        own_begin(static_cast<int32_t>(static_cast<uint32_t>(a) / static_cast<uint32_t>(views) * static_cast<uint32_t>(views))) {}
   __device__ bool own(int32_t b, int64_t views) const {
     return static_cast<uint32_t>(b - own_begin) < static_cast<uint32_t>(views);
   }
   __device__ bool counts(int32_t b, int64_t rows) const { return b != row && b < static_cast<int32_t>(rows); }
 };
 
-// Whether some row of [row, row + row_count) meets itself, its own views or padding among [column, column + column_count).
-__device__ inline bool on_edge(const Pairs& pairs, int64_t row, int row_count, int64_t column, int column_count) {
-  return column + column_count > pairs.rows ||
-         (row / pairs.views <= (column + column_count - 1) / pairs.views &&
-          column / pairs.views <= (row + row_count - 1) / pairs.views);
-}
+// The columns that some row of [row, row + count) meets as itself, as one of its own views, or as padding.
+struct Edge {
+  int32_t begin, end, rows;
+
+  __device__ Edge(const Pairs& pairs, int64_t row, int count)
+      : begin(RowPlace(row, pairs.views).own_begin),
+        end(RowPlace(row + count - 1, pairs.views).own_begin + static_cast<int32_t>(pairs.views)),
+        rows(static_cast<int32_t>(pairs.rows)) {}
+  __device__ bool meets(int64_t column, int count) const {
+    return column + count > rows || (column < end && column + count > begin);
+  }
+};
 
 // Sums over some columns of a row: of exp2(scale x - shift), of q_b x over its class without its sample, of x over its
 // sample without itself.
