@@ -55,13 +55,15 @@ def weighted_contrastive_loss(
 
     Raises:
         ValueError, TypeError: an argument is not as above. Values are checked on the CPU, on a GPU only under
-            ``CLUSTOPS_CHECK_VALUES=1``.
+            ``CLUSTOPS_CHECK_VALUES=1``: there a feature that is not finite, or a weight that is not or is
+            negative, makes the loss NaN.
+        ClustopsWarning: as :func:`clustops.ccssl_loss`.
 
-    Cost: all pairs of rows are visited in blocks of matrix products, 4 M^2 D flops (M = N V) with gradient
-    where temperature is at least 1/40 of the largest squared norm: slower than :func:`clustops.ccssl_loss`,
-    which serves weights that come from classes. Autograd keeps the arguments and 4 (M + N) bytes; working
-    memory is O(M D) and a few MB. Sums accumulate in fp32 within a block, then in fp64. There is no second
-    derivative.
+    Cost: blocks of scores come from matrix products, 4 to 5 M^2 D flops with gradient on a CPU, 6 on a GPU,
+    M = N V; each is read once more, with the weights. :func:`clustops.ccssl_loss` is faster where weights
+    come from classes. Autograd keeps the arguments and 4 (M + N) bytes; working memory is O(M D) and a block,
+    of 1 MB on a CPU and at most 48 MB on a GPU. Sums accumulate in fp32 within a block, then in fp64. There
+    is no second derivative.
 
     >>> features = torch.eye(3).repeat_interleave(2, 0).view(3, 2, 3)
     >>> weighted_contrastive_loss(features, torch.eye(3), temperature=1.0)  # log(e + 4) - 1

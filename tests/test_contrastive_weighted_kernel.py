@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -228,6 +232,34 @@ def test_gradient_is_exact() -> None:
     assert torch.autograd.gradcheck(
         lambda z: ops.weighted_contrastive_rows(z, *problem[1:])[0], problem.features.requires_grad_()
     )
+
+
+PEAK = """
+import re, torch
+from clustops.contrastive_weighted import weighted_contrastive_loss
+
+def peak(n):
+    features = torch.nn.functional.normalize(torch.randn(n, 2, 64), dim=-1).requires_grad_()
+    pair_weights = torch.rand(n, n)
+    open("/proc/self/clear_refs", "w").write("5")
+    status = lambda name: int(re.search(name + r":\\s*(\\d+)", open("/proc/self/status").read())[1])
+    before = status("VmRSS")
+    weighted_contrastive_loss(features, pair_weights).backward()
+    return status("VmHWM") - before
+
+peak(64)
+print(peak(2048) * 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_working_memory_is_that_of_rows_and_a_block() -> None:
+    # Freed blocks go back to the system at once, so that the resident set is what was in use.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=env)
+    m, d = 4096, 64
+    # A block of scores, units of it, and at most four fp32 copies of the rows; all scores are 67 MB.
+    assert int(run.stdout) < 2**20 + 2**20 + 4 * 4 * m * d + 2**20, f"{int(run.stdout) / 2**20:.1f} MB"
 
 
 def bad_on_one(rank: int, world: int, name: str) -> str:
