@@ -23,6 +23,7 @@ LABELS = torch.tensor([0, 1, -1, 0, 1])
 CONFIDENCE = torch.tensor([0.9, 0.2, 0.6, 1.0, 0.0])
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("labels", [LABELS, None], ids=["labels", "no labels"])
 @pytest.mark.parametrize("anchors", [(0, N), (1, 3), (N, 0)], ids=["all", "some", "none"])
@@ -42,6 +43,7 @@ def test_opcheck_of_contrastive_rows(
     )
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("anchors", [(0, N), (1, 3), (N, 0)], ids=["all", "some", "none"])
 def test_opcheck_of_weighted_contrastive_rows(dtype: torch.dtype, anchors: tuple[int, int]) -> None:
@@ -56,6 +58,7 @@ def test_opcheck_of_weighted_contrastive_rows(dtype: torch.dtype, anchors: tuple
     )
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_losses_of_some_anchors_have_the_gradient_of_those_rows() -> None:
     features = FEATURES.double().requires_grad_()
     # So cold that the exponential of a score alone overflows.
