@@ -282,10 +282,11 @@ def test_all_rows_equal_give_the_logarithm_of_their_number() -> None:
 @pytest.mark.parametrize("scale", [1e-25, 1e-8, 1e8, 1e25])
 @pytest.mark.usefixtures("instruction_set")
 def test_upstream_gradients_may_be_tiny_or_huge(scale: float) -> None:
-    problem = problem_of(0, 60, 2, 20)
+    problem = problem_of(0, 60, 2, 20, how=Options(0.026))
     upstream, lse = upstream_of(problem, 0), forward(problem)[1]
     plain = backward(problem, upstream, lse=lse).double()
-    assert_near(backward(problem, upstream * scale, lse=lse).double() / scale, plain, torch.float32)
+    found = backward(problem, upstream * scale, lse=lse).double() / scale
+    assert_near(found, plain, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

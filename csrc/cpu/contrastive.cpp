@@ -4,8 +4,11 @@
 // of scores go to the sums of its rows and of its columns. On the way back scores are computed again and become weights
 // G, of which a block of rows takes G z and the other one G' z. Where no score can be large nothing is shifted, and an
 // exponential serves both rows of a pair.
+#include "contrastive_amx.h"
 #include "contrastive_classes.h"
 #include "contrastive_pairs.h"
+
+#include <optional>
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
@@ -30,14 +33,54 @@ bool is_plain(const Rows<T>& rows, const ContrastiveRows& a) {
   return rows.bound(a.normalize) / a.temperature <= kPlain;
 }
 
+// Room for the products of two blocks, and the way they are taken.
+template <class T>
+class Products {
+ public:
+  Products(const Rows<T>& rows, bool tiles, bool backward) : panel_(rows.chunks * kSide<T> * kSide<T>) {
+#if defined(__AMX_BF16__)
+    const bool pays = rows.bf16 || rows.slots.slots > kFewRows;
+    if (std::is_same_v<T, float> && tiles && pays && rows.chunks <= kMaxChunks) {
+      operands_.emplace(rows.chunks, rows.bf16 ? 1 : kParts, backward);
+    }
+#endif
+    static_cast<void>(tiles), static_cast<void>(backward);
+  }
+
+  // As over_tiles.
+  template <class Step>
+  CLUSTOPS_INLINE void over(const Rows<T>& rows, const Block& one, const Block& other, const Step& step) const {
+#if defined(__AMX_BF16__)
+    if constexpr (std::is_same_v<T, float>) {
+      if (operands_) {
+        const Tiles tiles;
+        over_products(rows, one, other, *operands_, step);
+        return;
+      }
+    }
+#endif
+    over_tiles(rows, one, other, panel_.data(), step);
+  }
+
+  void add(const Rows<T>& rows, const Block& one, const Block& other, const T* weights, T* result) const;
+
+ private:
+  // Operands of wider rows do not stay in the second cache; those of few rows in three parts cost what tiles save.
+  static constexpr int64_t kMaxChunks = 16, kFewRows = 1024;
+  Numbers<T> panel_;
+#if defined(__AMX_BF16__)
+  std::optional<Operands> operands_;
+#endif
+};
+
 // Sums or maxima of two blocks that meet: of the rows of one in lanes, of the columns, which are rows of the other.
 template <class T>
 struct Found {
   using V = Vector<T>;
   Numbers<T> numbers{kMaxBlock * (V::kWidth + 1)};
-  Numbers<T> panel;
+  Products<T> products;
 
-  explicit Found(const Rows<T>& rows) : panel(rows.chunks * kSide<T> * kSide<T>) {}
+  Found(const Rows<T>& rows, bool tiles) : products(rows, tiles, false) {}
 
   void fill(T value) { std::fill_n(numbers.data(), kMaxBlock * (V::kWidth + 1), value); }
   T* row(int64_t i) const { return numbers.data() + i * V::kWidth; }
@@ -53,7 +96,7 @@ void add_exponentials(const Rows<T>& rows, const Block& one, const Block& other,
   const V factor = V::set1(scale);
   found.fill(0);
   const auto over = [&](auto shifted) CLUSTOPS_INLINE {
-    over_tiles(rows, one, other, found.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
+    found.products.over(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
       V columns[2] = {V::set1(0), V::set1(0)};
 #pragma GCC unroll 8
       for (int i = 0; i < kGroup; ++i) {
@@ -86,7 +129,7 @@ template <class T>
 void find_largest(const Rows<T>& rows, const Block& one, const Block& other, Found<T>& found, T* most) {
   using V = Vector<T>;
   found.fill(-kInfinity<T>);
-  over_tiles(rows, one, other, found.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
+  found.products.over(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool both) CLUSTOPS_INLINE {
     T* columns = found.columns() + column - other.first;
     for (int i = 0; i < kGroup; ++i) {
       T* largest = found.row(row - one.first + i);
@@ -111,7 +154,7 @@ void log_partition(const ContrastiveForward& problem, const Rows<T>& rows, int t
   const ContrastiveRows& a = problem.rows;
   const Blocks blocks = blocks_of(rows);
   std::vector<Found<T>> found;
-  for (int t = 0; t < threads; ++t) found.emplace_back(rows);
+  for (int t = 0; t < threads; ++t) found.emplace_back(rows, is_plain(rows, a));
   std::vector<double> sums(rows.slots.slots, 0.0);
   std::vector<T> most;
   const T lowest = std::numeric_limits<T>::lowest();
@@ -272,9 +315,9 @@ template <class T>
 struct Weights {
   static constexpr int64_t kStride = kMaxBlock + kSide<T>;  // not a power of 2, or columns would share a set of a cache
   Numbers<T> numbers{kMaxBlock * kStride};
-  Numbers<T> panel;
+  Products<T> products;
 
-  explicit Weights(const Rows<T>& rows) : panel(rows.chunks * kSide<T> * kSide<T>) {}
+  Weights(const Rows<T>& rows, bool tiles) : products(rows, tiles, true) {}
 };
 
 template <class T>
@@ -283,7 +326,7 @@ void find_weights(const Rows<T>& rows, const Block& one, const Block& other, con
   using V = Vector<T>;
   const T *g = upstream.factor.data(), *l = upstream.lse.data();
   const auto over = [&](auto weight) CLUSTOPS_INLINE {
-    over_tiles(rows, one, other, weights.panel.data(), [&](int64_t row, int64_t column, const Tile<T>& tile, bool) CLUSTOPS_INLINE {
+    weights.products.over(rows, one, other, [&](int64_t row, int64_t column, const Tile<T>& tile, bool) CLUSTOPS_INLINE {
       T* out = weights.numbers.data() + (row - one.first) * Weights<T>::kStride + column - other.first;
       for (int i = 0; i < kGroup; ++i) {
         for (int j = 0; j < 2; ++j) {
@@ -324,8 +367,17 @@ CLUSTOPS_INLINE inline void add_product(const T* a, const T* b, int64_t steps, T
 
 // result += G z for the rows of one block, and G' z for those of the other.
 template <class T>
-void add_products(const Rows<T>& rows, const Block& one, const Block& other, const T* weights, T* result) {
+void Products<T>::add(const Rows<T>& rows, const Block& one, const Block& other, const T* weights, T* result) const {
   constexpr int64_t kStride = Weights<T>::kStride;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (operands_) {
+      const Tiles tiles;
+      add_products(rows, one, other, *operands_, weights, kStride, result);
+      return;
+    }
+  }
+#endif
   const bool same = one.first == other.first;
   for (int64_t c = 0; c < rows.chunks; ++c) {
     T* out = result + c * rows.slots.slots * kSide<T>;
@@ -395,10 +447,10 @@ void backward(const ContrastiveBackward& problem, int threads) {
   const Numbers<T> repulsion(rows.slots.slots * rows.chunks * kSide<T>);
   std::fill_n(repulsion.data(), rows.slots.slots * rows.chunks * kSide<T>, T(0));
   std::vector<Weights<T>> weights;
-  for (int t = 0; t < threads; ++t) weights.emplace_back(rows);
+  for (int t = 0; t < threads; ++t) weights.emplace_back(rows, is_plain(rows, a));
   over_pairs(blocks_of(rows), threads, [&](const Block& one, const Block& other, int thread) {
     find_weights(rows, one, other, upstream, a.temperature, weights[thread]);
-    add_products(rows, one, other, weights[thread].numbers.data(), repulsion.data());
+    weights[thread].products.add(rows, one, other, weights[thread].numbers.data(), repulsion.data());
   });
   const Numbers<T> results(threads * rows.chunks * kSide<T>);
   const Positives<T> positives(a, rows, classes, upstream.share.data(), threads);

@@ -72,16 +72,19 @@ CLUSTOPS_INLINE inline void multiply(const T* a, const T* b, int64_t steps, Tile
   }
 }
 
-// Takes pairs out: rows from `rows` on, columns from `columns` on, and row i with column i + diagonal.
+// Takes pairs out of a tile, by -inf: those of a row with itself, and of slots that hold no row.
 template <class T>
-void take_out(int64_t rows, int64_t columns, int64_t diagonal, Tile<T>& tile) {
+CLUSTOPS_INLINE inline void take_out(const Block& one, const Block& other, int64_t row, int64_t column,
+                                     Tile<T>& tile) {
+  const bool diagonal = one.first == other.first && row >= column;
+  if (!diagonal && row + kGroup <= one.rows && column + kSide<T> <= other.rows) return;
   constexpr T kNone = -std::numeric_limits<T>::infinity();
   T numbers[kGroup][kSide<T>];
   for (int i = 0; i < kGroup; ++i) {
     for (int j = 0; j < 2; ++j) store(tile[i][j], numbers[i] + j * Vector<T>::kWidth);
-    const int64_t kept = i < rows ? std::min<int64_t>(columns, kSide<T>) : 0;
+    const int64_t kept = row + i < one.rows ? std::clamp<int64_t>(other.rows - column, 0, kSide<T>) : 0;
     std::fill(numbers[i] + kept, numbers[i] + kSide<T>, kNone);
-    if (i + diagonal < kSide<T>) numbers[i][i + diagonal] = kNone;
+    if (diagonal) numbers[i][row + i - column] = kNone;
     for (int j = 0; j < 2; ++j) tile[i][j] = Vector<T>::load(numbers[i] + j * Vector<T>::kWidth);
   }
 }
@@ -103,11 +106,8 @@ CLUSTOPS_INLINE inline void over_tiles(const Rows<T>& rows, const Block& one, co
       for (int64_t c = 0; c < rows.chunks; ++c) {
         multiply<kSide<T>, 1>(rows.chunk(c, row), panel + c * kSquare, kSide<T>, tile);
       }
-      const bool diagonal = same && row >= column;
-      if (diagonal || row + kGroup > one.rows || column + kSide<T> > other.rows) {
-        take_out<T>(one.rows - row, other.rows - column, diagonal ? row - column : kSide<T>, tile);
-      }
-      step(row, column, tile, other.anchors && !diagonal);
+      take_out<T>(one, other, row, column, tile);
+      step(row, column, tile, other.anchors && !(same && row >= column));
     }
   }
 }

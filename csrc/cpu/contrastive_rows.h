@@ -77,6 +77,7 @@ struct Rows {
   Numbers<T> inverse;     // [slots], of the norm, where it is asked for
   double least, greatest;  // norms of the rows as given; the least above 0, or infinity
   bool finite;
+  const bool bf16;  // no number has more digits
 
   Rows(const ContrastiveRows& a, int threads);
 
@@ -158,34 +159,34 @@ void transpose(const T* from, T* to) {
 }
 
 #if defined(__AVX512F__)
-inline void transpose(const float* from, float* to) {
-  constexpr int kWidth = Vec::kWidth;
+// 16 by 16 numbers, rows `stride` and `to_stride` apart.
+inline void transpose_16(const float* from, int64_t stride, float* to, int64_t to_stride) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  for (int q = 0; q < 4; ++q) {
-    const float* corner = from + q / 2 * kWidth * kSide<float> + q % 2 * kWidth;
-    __m512 rows[kWidth];
+  const __m512i other_register = _mm512_set1_epi32(16);
+  __m512 rows[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) rows[i] = _mm512_loadu_ps(corner + i * kSide<float>);
-    // Of rows i and i + s, lanes whose number has bit s change places with those of which it has not.
+  for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_ps(from + i * stride);
+  // Of rows i and i + s, lanes whose number has bit s change places with those of which it has not.
 #pragma GCC unroll 4
-    for (int s = 1; s < kWidth; s *= 2) {
-      const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
-      const __m512i from_other = _mm512_or_si512(_mm512_xor_si512(lane, _mm512_set1_epi32(s)), _mm512_set1_epi32(16));
-      const __m512i low = _mm512_mask_mov_epi32(lane, odd, from_other);
-      const __m512i high = _mm512_mask_mov_epi32(_mm512_xor_si512(from_other, _mm512_set1_epi32(16)), odd,
-                                                 _mm512_or_si512(lane, _mm512_set1_epi32(16)));
+  for (int s = 1; s < 16; s *= 2) {
+    const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(s));
+    const __m512i partner = _mm512_xor_si512(lane, _mm512_set1_epi32(s));
+    const __m512i low = _mm512_mask_add_epi32(lane, odd, partner, other_register);
+    const __m512i high = _mm512_mask_add_epi32(partner, odd, lane, other_register);
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) {
-        if (i & s) continue;
-        const __m512 one = rows[i], other = rows[i + s];
-        rows[i] = _mm512_permutex2var_ps(one, low, other);
-        rows[i + s] = _mm512_permutex2var_ps(one, high, other);
-      }
+    for (int i = 0; i < 16; ++i) {
+      if (i & s) continue;
+      const __m512 one = rows[i], other = rows[i + s];
+      rows[i] = _mm512_permutex2var_ps(one, low, other);
+      rows[i + s] = _mm512_permutex2var_ps(one, high, other);
     }
-    float* out = to + q % 2 * kWidth * kSide<float> + q / 2 * kWidth;
-#pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) _mm512_storeu_ps(out + i * kSide<float>, rows[i]);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_ps(to + i * to_stride, rows[i]);
+}
+
+inline void transpose(const float* from, float* to) {
+  for (int i = 0; i < 4; ++i) transpose_16(from + i / 2 * 512 + i % 2 * 16, 32, to + i % 2 * 512 + i / 2 * 16, 32);
 }
 #endif
 
@@ -198,7 +199,8 @@ Rows<T>::Rows(const ContrastiveRows& a, int threads)
       inverse(slots.slots),
       least(std::numeric_limits<double>::infinity()),
       greatest(0),
-      finite(true) {
+      finite(true),
+      bf16(a.dtype == DType::bf16 && !a.normalize) {
   std::vector<double> norms(slots.slots);
   parallel_for(slots.slots / kSide<T>, threads, [&](int64_t p, int) {
     for (int64_t slot = p * kSide<T>; slot < (p + 1) * kSide<T>; ++slot) norms[slot] = read_row(a, slot);
