@@ -153,7 +153,9 @@ struct Plan {
 
 template <Operand kOperand>
 void run(const ForwardTask& t, const Plan& plan, void* stream) {
-  const TileLayout at = plan.layout(most_shared());
+  // Two CTAs of a multiprocessor, or else a third stage.
+  const int64_t most = most_shared(), half = most / 2 - 1024;
+  const TileLayout shared = plan.layout(half), at = shared.bytes <= half ? shared : plan.layout(most);
   const int64_t units = t.split.units();
   const auto go = [&](auto kernel) {
     launch(kernel, grid_for(units < 1 ? 1 : units), kTileThreads, static_cast<std::size_t>(at.bytes), stream, t, at);

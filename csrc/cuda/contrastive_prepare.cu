@@ -10,7 +10,7 @@ constexpr int kThreads = 32 * kPrepareWarps;
 #ifdef CLUSTOPS_SIMT
 constexpr int kStaged = 64;
 #else
-constexpr int kStaged = 256;  // samples whose class and weight a CTA has in shared memory
+constexpr int kStaged = 1024;  // samples whose class and weight a CTA has in shared memory
 #endif
 
 struct PrepareTask {
@@ -144,39 +144,53 @@ __device__ inline Member member(const ContrastiveClasses& c, double threshold, i
           !(p >= 0 && p <= 1)};
 }
 
+constexpr int64_t kLargeLabel = int64_t{1} << 31;  // from here on a label does not fit a class number
+
 struct Staged {
   int64_t label[kStaged];
+  int32_t number[kStaged];  // the label, -2 if it is large
   float q[kStaged];
 };
 
-constexpr int64_t kLargeLabel = int64_t{1} << 31;  // from here on a label does not fit a class number
-
-// Per warp kWarpSamples samples against all: the weight of each one's class without itself, and the first of its label.
+// Per warp kWarpSamples samples against all: the weight of each one's class without itself, and the first of its label,
+// which is looked for if one is large.
 __device__ void sum_classes(const PrepareTask& t, double threshold, int64_t first, const Member (&mine)[kWarpSamples],
                             Staged& staged, float (&sum)[kWarpSamples], int64_t (&least)[kWarpSamples]) {
   const int lane = threadIdx.x % 32;
   bool large = false;
+  int32_t number[kWarpSamples];
 #pragma unroll
   for (int s = 0; s < kWarpSamples; ++s) {
-    sum[s] = 0, least[s] = t.samples;
+    sum[s] = 0, least[s] = t.samples, number[s] = static_cast<int32_t>(mine[s].label);
     large |= mine[s].label >= kLargeLabel;
   }
   for (int64_t j0 = 0; j0 < t.samples; j0 += kStaged) {
     const int count = t.samples - j0 < kStaged ? static_cast<int>(t.samples - j0) : kStaged;
     __syncthreads();  // all have left what is overwritten
+#pragma unroll 4
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const Member other = member(t.classes, threshold, j0 + i);
       staged.label[i] = other.label, staged.q[i] = other.q;
+      staged.number[i] = other.label < kLargeLabel ? static_cast<int32_t>(other.label) : -2;
     }
     __syncthreads();
-    const bool apart = !large && (first >= j0 + count || first + kWarpSamples <= j0);
+    if (!large && (first >= j0 + count || first + kWarpSamples <= j0)) {
+      for (int i = lane; i < count; i += 32) {
+        const int32_t other = staged.number[i];
+        const float q = staged.q[i];
+#pragma unroll
+        for (int s = 0; s < kWarpSamples; ++s) {
+          if (other == number[s]) sum[s] += q;
+        }
+      }
+      continue;
+    }
     for (int i = lane; i < count; i += 32) {
-      const int64_t label = staged.label[i];
-      const float q = staged.q[i];
 #pragma unroll
       for (int s = 0; s < kWarpSamples; ++s) {
-        if (label == mine[s].label && (apart || j0 + i != first + s)) sum[s] += q;
-        if (large && label == mine[s].label && j0 + i < least[s]) least[s] = j0 + i;
+        if (staged.label[i] != mine[s].label) continue;
+        if (j0 + i != first + s) sum[s] += staged.q[i];
+        if (j0 + i < least[s]) least[s] = j0 + i;
       }
     }
   }
