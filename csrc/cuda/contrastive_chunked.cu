@@ -71,16 +71,8 @@ __global__ void __launch_bounds__(kThreads) tell_norms(Prepared p, float* norms)
 struct alignas(16) Four {
   float x[kWide];
 };
-
-// Columns from `begin` on, up to `end`, are views of the samples of some rows, or the rows themselves.
-struct Own {
-  int64_t begin, end;
-
-  __device__ Own(int64_t row, int count, int64_t views)
-      : begin(row / views * views), end((row + count - 1) / views * views + views) {}
-  __device__ bool meets(const Pairs& pairs, int64_t column) const {
-    return column + kWide > pairs.rows || (column < end && column + kWide > begin);
-  }
+struct alignas(16) FourIntegers {
+  int32_t x[kWide];
 };
 
 __device__ inline RowSums shuffled(const RowSums& sums, int by) {
@@ -102,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) sum_block(ForwardTask t, Contrastive
   pairs.decide(all.greatest);
   for (int64_t group = blockIdx.x; group < block.rows / kSumRows; group += gridDim.x) {
     const int64_t row = block.row + group * kSumRows;
-    const Own own(row, kSumRows, pairs.views);
+    const Edge around(pairs, row, kSumRows);
     const float* const scores = block.scores + group * kSumRows * block.columns;
     RowPlace place[kSumRows];
     int32_t number[kSumRows];
@@ -118,20 +110,17 @@ __global__ void __launch_bounds__(kThreads) sum_block(ForwardTask t, Contrastive
 #pragma unroll
       for (int r = 0; r < kSumRows; ++r) x[r] = *reinterpret_cast<const Four*>(scores + r * block.columns + c);
       const Four q = *reinterpret_cast<const Four*>(t.p.q + column);
-      struct alignas(16) Numbers4 {
-        int32_t of[kWide];
-      };
-      const Numbers4 numbers = *reinterpret_cast<const Numbers4*>(t.p.number + column);
+      const FourIntegers numbers = *reinterpret_cast<const FourIntegers*>(t.p.number + column);
       const auto nth = [](int i) { return i; };
-      const bool edge = own.meets(pairs, column);
+      const bool edge = around.meets(column, kWide);
 #pragma unroll
       for (int r = 0; r < kSumRows; ++r) {
         const auto score = [&](int i) { return x[r].x[i]; };
         const int32_t b0 = static_cast<int32_t>(column);
         if (edge) {
-          sums[r].take<kWide, true>(pairs, place[r], number[r], score, b0, numbers.of, q.x, nth);
+          sums[r].take<kWide, true>(pairs, place[r], number[r], score, b0, numbers.x, q.x, nth);
         } else {
-          sums[r].take<kWide, false>(pairs, place[r], number[r], score, b0, numbers.of, q.x, nth);
+          sums[r].take<kWide, false>(pairs, place[r], number[r], score, b0, numbers.x, q.x, nth);
         }
       }
     }
@@ -180,7 +169,7 @@ __global__ void __launch_bounds__(kThreads) turn_block(Prepared p, Pairs undecid
     PairRow b[kWide];
 #pragma unroll
     for (int i = 0; i < kWide; ++i) b[i] = row_at(p, column + i);
-    const bool edge = Own(row, kGradientRows, pairs.views).meets(pairs, column);
+    const bool edge = Edge(pairs, row, kGradientRows).meets(column, kWide);
 #pragma unroll 2
     for (int r = 0; r < kGradientRows; ++r) {
       const RowPlace place(row + r, edge ? pairs.views : 1);
