@@ -57,15 +57,24 @@ using ForwardRoom = Room<kChunks, kForwardRows90, ColumnPair>;
 template <int kChunks>
 using BackwardRoom = Room<kChunks, kBackwardRows90, GradientPair>;
 
+// A number of which the compiler knows nothing: what follows from it is found where it is needed, and takes no registers before.
+__device__ inline int32_t unknown(int32_t x) {
+#ifndef CLUSTOPS_SIMT
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // What a CTA does: rows from `row` on, number `block` of their kind, against tiles [tile, last).
 struct Unit {
   int32_t block, split, row, tile, last;
 
-  __device__ Unit(const Split& s, int rows)
-      : block(static_cast<int32_t>(blockIdx.x % static_cast<uint32_t>(s.row_blocks))),
-        split(static_cast<int32_t>(blockIdx.x / static_cast<uint32_t>(s.row_blocks))),
-        row(static_cast<int32_t>(s.first_row) + block * rows), tile(static_cast<int32_t>(s.begin(split))),
-        last(static_cast<int32_t>(s.begin(split + 1))) {}
+  __device__ Unit(const Split& s, int rows) {
+    const int32_t index = unknown(static_cast<int32_t>(blockIdx.x)), blocks = static_cast<int32_t>(s.row_blocks);
+    block = index % blocks, split = index / blocks;
+    row = static_cast<int32_t>(s.first_row) + block * rows;
+    tile = static_cast<int32_t>(s.begin(split)), last = static_cast<int32_t>(s.begin(split + 1));
+  }
 };
 
 #ifdef CLUSTOPS_SM90
@@ -163,9 +172,11 @@ __device__ inline GradientPair gradients_at(const Prepared& p, int64_t column, f
           {p.log_partition[column], p.log_partition[column + 1]}};
 }
 
-// Issues the scores of 64 rows with a tile.
+// Issues the scores of 64 rows, from row `first` of the CTA on, with the tile of a stage.
 template <Operand kOperand, int kChunks, class R>
-__device__ void begin_scores(float (&x)[R::kColumns / 2], const unsigned char* rows, const unsigned char* tile) {
+__device__ void begin_scores(float (&x)[R::kColumns / 2], const unsigned char* shared, int first, int stage) {
+  const unsigned char *const rows = shared + unknown(first * kChunkBytes),
+                            *const tile = shared + R::kStagesAt + stage * R::kStage;
   begin_products(x);
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
@@ -192,14 +203,6 @@ struct Edge {
 
 // Row of a thread's first score; the other is 8 below. Rows beyond the padding are never wanted.
 __device__ inline int32_t row_of_thread(int32_t first) { return first + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
-
-// A number of which the compiler knows nothing: what follows from it stays where it is needed.
-__device__ inline int32_t unknown(int32_t x) {
-#ifndef CLUSTOPS_SIMT
-  asm volatile("" : "+r"(x));
-#endif
-  return x;
-}
 
 template <bool kEdge>
 __device__ RowPlace place_of(const Pairs& pairs, int32_t row) {
@@ -275,14 +278,12 @@ __device__ void sum_tiles(const ForwardTask& t, Pairs pairs, unsigned char* shar
   const Barriers<R> barriers(shared);
   const int lane = threadIdx.x % 32, group = threadIdx.x / kGroupThreads;
   const int32_t first = unit.row + group * 2 * kGroupRows, row = row_of_thread(first);
-  const unsigned char* const mine = shared + group * 2 * kGroupRows * kChunkBytes;
   const Edge edge(pairs, first, 2 * kGroupRows);
   Sums sums[2] = {Sums(t.p, pairs, row), Sums(t.p, pairs, row + kGroupRows)};
   float x[2][R::kColumns / 2];
 
   const auto begin = [&](int h, int stage) {
-    begin_scores<kOperand, kChunks, R>(x[h], mine + h * kGroupRows * kChunkBytes,
-                                       shared + R::kStagesAt + stage * R::kStage);
+    begin_scores<kOperand, kChunks, R>(x[h], shared, (2 * group + h) * kGroupRows, stage);
   };
   const auto take = [&](int h, int32_t tile, int stage) {
     read_products(x[h]);
@@ -434,15 +435,12 @@ __device__ void pull_tiles(const BackwardTask& t, Pairs pairs, float factor, uns
   const Barriers<R> barriers(shared);
   const int lane = threadIdx.x % 32, group = threadIdx.x / kGroupThreads;
   const int32_t first = unit.row + group * kGroupRows;
-  const unsigned char* const mine = shared + group * kGroupRows * kChunkBytes;
   const Edge edge(pairs, first, kGroupRows);
   const Pulls pulls(t.p, row_of_thread(first), factor);
   float x[R::kColumns / 2];
   uint32_t weights[R::kColumns / kDepth][4];
 
-  const auto begin = [&](int stage) {
-    begin_scores<kOperand, kChunks, R>(x, mine, shared + R::kStagesAt + stage * R::kStage);
-  };
+  const auto begin = [&](int stage) { begin_scores<kOperand, kChunks, R>(x, shared, group * kGroupRows, stage); };
   const auto take = [&](int32_t tile, int stage) {
     read_products(x);
     const auto* const columns = reinterpret_cast<const GradientPair*>(shared + R::kPairsAt + stage * R::kPairs) + lane % 4;
