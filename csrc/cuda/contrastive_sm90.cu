@@ -189,18 +189,6 @@ __device__ void begin_scores(float (&x)[R::kColumns / 2], const unsigned char* s
   commit_products();
 }
 
-// Columns that rows [row, row + count) look at more closely: themselves, their views, padding.
-struct Edge {
-  int32_t begin, end;
-
-  __device__ Edge(const Pairs& pairs, int64_t row, int count)
-      : begin(static_cast<int32_t>(row / pairs.views * pairs.views)),
-        end(static_cast<int32_t>(((row + count - 1) / pairs.views + 1) * pairs.views)) {}
-  __device__ bool meets(const Pairs& pairs, int32_t column, int columns) const {
-    return (column < end && column + columns > begin) || column + columns > static_cast<int32_t>(pairs.rows);
-  }
-};
-
 // Row of a thread's first score; the other is 8 below. Rows beyond the padding are never wanted.
 __device__ inline int32_t row_of_thread(int32_t first) { return first + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
@@ -289,7 +277,7 @@ __device__ void sum_tiles(const ForwardTask& t, Pairs pairs, unsigned char* shar
     read_products(x[h]);
     const auto* const columns = reinterpret_cast<const ColumnPair*>(shared + R::kPairsAt + stage * R::kPairs) + lane % 4;
     const int32_t column = tile * R::kColumns;
-    if (edge.meets(pairs, column, R::kColumns)) {
+    if (edge.meets(column, R::kColumns)) {
       sums[h].template take<true>(pairs, x[h], column + lane % 4 * 2, columns);
     } else {
       sums[h].template take<false>(pairs, x[h], column + lane % 4 * 2, columns);
@@ -445,7 +433,7 @@ __device__ void pull_tiles(const BackwardTask& t, Pairs pairs, float factor, uns
     read_products(x);
     const auto* const columns = reinterpret_cast<const GradientPair*>(shared + R::kPairsAt + stage * R::kPairs) + lane % 4;
     const int32_t column = tile * R::kColumns;
-    if (edge.meets(pairs, column, R::kColumns)) {
+    if (edge.meets(column, R::kColumns)) {
       pulls.template take<kFixed, true>(t.p, pairs, x, column + lane % 4 * 2, columns);
     } else {
       pulls.template take<kFixed, false>(t.p, pairs, x, column + lane % 4 * 2, columns);
