@@ -40,7 +40,8 @@ def served_by(path: str) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for name, reference in native.references.items():
-                serve = on_gpu(name) if path == "cuda" else reference
+                op = getattr(torch.ops.clustops, name).default
+                serve = on_gpu(op) if path == "cuda" else reference
                 library.impl(name, serve, "CPU", allow_override=True)
     try:
         yield
@@ -50,9 +51,8 @@ def served_by(path: str) -> Iterator[None]:
             native.extension.use_instruction_set(before)
 
 
-def on_gpu(name: str) -> Callable[..., Any]:
+def on_gpu(op: Any) -> Callable[..., Any]:
     """The op with tensors moved to the GPU, and what it writes and returns moved back."""
-    op = getattr(torch.ops.clustops, name).default
     written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
 
     def serve(*args: Any) -> Any:
