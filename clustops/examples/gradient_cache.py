@@ -30,13 +30,12 @@ def backward(network: nn.Module, parts: list[tuple[Tensor, Tensor]], group: Grou
     loss = clustops.supcon_loss(features, labels, normalize=True, group=group)
     (gradient,) = torch.autograd.grad(loss, features)
 
-    with torch.random.fork_rng():
-        for i, grad in enumerate(gradient.split([len(images) for images, _ in parts])):
-            torch.set_rng_state(states[i])  # dropout repeats itself
-            # DistributedDataParallel averages gradients with the last part.
-            is_last = i == len(parts) - 1
-            with nullcontext() if is_last else getattr(network, "no_sync", nullcontext)():
-                network(parts[i][0]).backward(grad)
+    for i, grad in enumerate(gradient.split([len(images) for images, _ in parts])):
+        torch.set_rng_state(states[i])  # dropout repeats itself
+        # DistributedDataParallel averages gradients with the last part.
+        is_last = i == len(parts) - 1
+        with nullcontext() if is_last else getattr(network, "no_sync", nullcontext)():
+            network(parts[i][0]).backward(grad)
     return loss.detach()
 
 
