@@ -153,7 +153,7 @@ def gpu(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (chunked, blocks):
         monkeypatch.setattr(module, "view", lambda tensor: tensor)
     monkeypatch.setattr(chunked, "_ROWS", 128)
-    monkeypatch.setattr(chunked, "_COLUMNS", 256)
+    monkeypatch.setattr(chunked, "_COLUMNS", 128)
     monkeypatch.setattr(weighted, "_ROWS", 40)
     monkeypatch.setattr(weighted, "_COLUMNS", 100)
 
@@ -228,6 +228,18 @@ def test_without_labels_and_confidence() -> None:
     run_in(2)
     features, _, _ = batch(0, 70, 2, 20, torch.float32)
     class_losses((features, None, None, 0, 70, 0.2, -math.inf, True, False, True))
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.02])
+def test_more_columns_than_a_cta_takes_at_once(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_in(2)
+    for module in (chunked, weighted):
+        monkeypatch.setattr(module, "_COLUMNS", 2048)
+    features, labels, confidence = batch(0, 1100, 1, 8, torch.float32)
+    options = (temperature, 0.3, True, False, True)
+    class_losses((features, labels, confidence, 5, 3, *options), 1 / temperature)
+    w = torch.rand(2, 1100, generator=generator(1))
+    weighted_losses(features, w, 0, temperature, True)
 
 
 def test_small_upstream_gradients_do_not_vanish_in_fp16() -> None:

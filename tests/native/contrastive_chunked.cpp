@@ -14,8 +14,8 @@ using namespace clustops;
 
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Room for a result, full of what no result is.
-std::vector<char> room(int64_t bytes) { return std::vector<char>(static_cast<std::size_t>(bytes), '\xcd'); }
+// Room for a result, full of NaN.
+std::vector<char> room(int64_t bytes) { return std::vector<char>(static_cast<std::size_t>(bytes), '\xff'); }
 
 struct Arguments {
   char** text;
