@@ -57,8 +57,10 @@ using ForwardRoom = Room<kChunks, kForwardRows90, ColumnPair>;
 template <int kChunks>
 using BackwardRoom = Room<kChunks, kBackwardRows90, GradientPair>;
 
-// A number of which the compiler knows nothing: what follows from it is found where it is needed, and takes no registers before.
-__device__ inline int32_t unknown(int32_t x) {
+// A number of which the compiler knows nothing: what follows from it is found where it is needed, and takes no registers
+// before.
+template <class Integer>
+__device__ Integer unknown(Integer x) {
 #ifndef CLUSTOPS_SIMT
   asm volatile("" : "+r"(x));
 #endif
@@ -443,7 +445,10 @@ __device__ void pull_tiles(const BackwardTask& t, Pairs pairs, float factor, uns
 #pragma unroll
     for (int k = 0; k < R::kColumns / kDepth; ++k) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[k][i] = pack_pair<kOperand>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) {
+        // Unknown, so that it is there before the products begin.
+        weights[k][i] = unknown(pack_pair<kOperand>(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]));
+      }
     }
   };
   Turn<R::kStages> turn;
@@ -524,7 +529,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_pairs(const __grid_constant__
   CLUSTOPS_DYNAMIC_SHARED(unaligned);
   unsigned char* const shared = unaligned + (kAlign - reinterpret_cast<uintptr_t>(unaligned) % kAlign) % kAlign;
   if (threadIdx.x == 0) Barriers<R>(shared).init();
-  const Summary all = summary_of<kThreads>(t.p, reinterpret_cast<Summary*>(shared));
+  const Summary all = summary_of<kThreads>(t.p, reinterpret_cast<Summary*>(shared + R::kPairsAt));
   int* const room = reinterpret_cast<int*>(shared + R::kNumbersAt);
   Pairs pairs = t.pairs;
   pairs.decide(all.greatest);
@@ -558,7 +563,7 @@ __global__ void __launch_bounds__(kThreads, 1) pull_pairs(const __grid_constant_
   CLUSTOPS_DYNAMIC_SHARED(unaligned);
   unsigned char* const shared = unaligned + (kAlign - reinterpret_cast<uintptr_t>(unaligned) % kAlign) % kAlign;
   if (threadIdx.x == 0) Barriers<R>(shared).init();
-  const Summary all = summary_of<kThreads>(t.p, reinterpret_cast<Summary*>(shared));
+  const Summary all = summary_of<kThreads>(t.p, reinterpret_cast<Summary*>(shared + R::kPairsAt));
   int* const room = reinterpret_cast<int*>(shared + R::kNumbersAt);
   const float factor = kOperand == Operand::f16 ? fp16_factor(all.upstream) : 1.0f;
   Pairs pairs = t.pairs;
