@@ -147,14 +147,16 @@ def check_backward(problem: Problem, part: tuple[int, int], seed: int, scale: fl
     found = backward(problem, upstream, part, lse=lse.to(problem.wide))
     assert found.dtype == problem.features.dtype
     oracle = backward(exact, upstream.double(), part, reference, lse)
-    # Beside what is added up, of which little may be left.
+    # What is added up may leave little.
     z = reference.unit_rows(exact.features, problem.options.normalize)
     size = upstream.abs().max() * z.abs().max() / problem.options.temperature
     if problem.options.normalize:
         size = size / exact.features.norm(dim=-1).min()
-    error = (found.double() - oracle).abs().max() if found.numel() else torch.tensor(0.0)
     assert found.shape == oracle.shape
-    assert error <= RTOL[found.dtype] * scale * size, f"{error:.2e} of {size:.2e}"
+    if found.numel():
+        error, largest = (found.double() - oracle).abs().max(), oracle.abs().max()
+        allowed = scale * (RTOL[found.dtype] * largest + RTOL[problem.wide] * size)
+        assert error <= allowed, f"{error:.2e} of {largest:.2e}, of terms of {size:.2e}"
 
 
 def part_of(n: int, seed: int) -> tuple[int, int]:
@@ -247,10 +249,10 @@ def errors(problem: Problem, by: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.01, 0.07, 1.0, 100.0])
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("n", "ties"), [(150, False), (150, True), (530, False)])
 @pytest.mark.usefixtures("instruction_set")
-def test_errors_are_of_the_order_of_those_of_pytorch(temperature: float, ties: bool) -> None:
-    problem = problem_of(0, 150, 2, 64, how=Options(temperature))
+def test_errors_are_of_the_order_of_those_of_pytorch(temperature: float, n: int, ties: bool) -> None:
+    problem = problem_of(0, n, 2, 64, how=Options(temperature))
     if ties:
         problem.features[75:] = problem.features[:75]
     for ours, theirs in zip(errors(problem, ops), errors(problem, reference), strict=True):
@@ -279,7 +281,7 @@ def test_all_rows_equal_give_the_logarithm_of_their_number() -> None:
         assert_close(forward(problem)[0], torch.full((150, 2), math.log(299)), torch.float32, 1 / temperature)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1e-8, 1e8, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1e8, 1e25])
 @pytest.mark.usefixtures("instruction_set")
 def test_upstream_gradients_may_be_tiny_or_huge(scale: float) -> None:
     problem = problem_of(0, 60, 2, 20, how=Options(0.026))
@@ -388,6 +390,7 @@ def test_rows_that_were_no_anchors_pull_and_push_nobody(temperature: float) -> N
     upstream, lse = upstream_of(problem, 0), forward(problem)[1]
     upstream[20:] = 0
     expected = backward(problem, upstream, lse=lse)
+    assert expected.isfinite().all()
     assert_bits(backward(problem, upstream, lse=lse.index_fill(0, torch.arange(20, 60), torch.inf)), expected)
 
 

@@ -4,11 +4,8 @@
 // of scores go to the sums of its rows and of its columns. On the way back scores are computed again and become weights
 // G, of which a block of rows takes G z and the other one G' z. Where no score can be large nothing is shifted, and an
 // exponential serves both rows of a pair.
-#include "contrastive_amx.h"
 #include "contrastive_classes.h"
-#include "contrastive_pairs.h"
-
-#include <optional>
+#include "contrastive_products.h"
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
@@ -32,46 +29,6 @@ template <class T>
 bool is_plain(const Rows<T>& rows, const ContrastiveRows& a) {
   return rows.bound(a.normalize) / a.temperature <= kPlain;
 }
-
-// Room for the products of two blocks, and the way they are taken.
-template <class T>
-class Products {
- public:
-  Products(const Rows<T>& rows, bool tiles, bool backward) : panel_(rows.chunks * kSide<T> * kSide<T>) {
-#if defined(__AMX_BF16__)
-    const bool pays = rows.bf16 || rows.slots.slots > kFewRows;
-    if (std::is_same_v<T, float> && tiles && pays && rows.chunks <= kMaxChunks) {
-      operands_.emplace(rows.chunks, rows.bf16 ? 1 : kParts, backward);
-    }
-#endif
-    static_cast<void>(tiles), static_cast<void>(backward);
-  }
-
-  // As over_tiles.
-  template <class Step>
-  CLUSTOPS_INLINE void over(const Rows<T>& rows, const Block& one, const Block& other, const Step& step) const {
-#if defined(__AMX_BF16__)
-    if constexpr (std::is_same_v<T, float>) {
-      if (operands_) {
-        const Tiles tiles;
-        over_products(rows, one, other, *operands_, step);
-        return;
-      }
-    }
-#endif
-    over_tiles(rows, one, other, panel_.data(), step);
-  }
-
-  void add(const Rows<T>& rows, const Block& one, const Block& other, const T* weights, T* result) const;
-
- private:
-  // Operands of wider rows do not stay in the second cache; those of few rows in three parts cost what tiles save.
-  static constexpr int64_t kMaxChunks = 16, kFewRows = 1024;
-  Numbers<T> panel_;
-#if defined(__AMX_BF16__)
-  std::optional<Operands> operands_;
-#endif
-};
 
 // Sums or maxima of two blocks that meet: of the rows of one in lanes, of the columns, which are rows of the other.
 template <class T>
@@ -175,68 +132,12 @@ void log_partition(const ContrastiveForward& problem, const Rows<T>& rows, int t
   }
 }
 
-// What pulls at the rows of a class, in fp64: sums over it, and for a sample, without the row itself,
-//   pull = q (sum - q own) + o own,  push likewise of rows times their share.
-template <class T>
-class Positives {
- public:
-  Positives(const ContrastiveRows& a, const Rows<T>& rows, const Classes& classes, const double* share, int threads)
-      : a(a),
-        rows(rows),
-        classes(classes),
-        wide_(rows.chunks * kSide<T>),
-        share_(share),
-        sums_(threads * 4 * wide_) {}
-
-  // work(sample, slot of its first row) for each sample of a class that is an anchor, with pull and push of it.
-  template <class Work>
-  void over_anchors(int64_t c, int thread, const Work& work) const;
-
-  double* pull(int thread) const { return sums_.data() + thread * 4 * wide_; }
-  double* push(int thread) const { return pull(thread) + wide_; }
-
-  const ContrastiveRows& a;
-  const Rows<T>& rows;
-  const Classes& classes;
-
- private:
-  const int64_t wide_;         // features, filled up
-  const double* const share_;  // [slots]
-  const Numbers<double> sums_;
-};
-
-template <class T>
-template <class Work>
-void Positives<T>::over_anchors(int64_t c, int thread, const Work& work) const {
-  double *pulls = pull(thread), *pushes = push(thread), *sum = pushes + wide_, *shared = sum + wide_;
-  std::fill_n(sum, 2 * wide_, 0.0);
-  const int64_t begin = classes.begin[c], end = classes.begin[c + 1];
-  for (int64_t m = begin; m < end && end - begin > 1; ++m) {
-    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
-    const VecD q = VecD::set1(classes.q[i]);
-    over_sums(rows, slot, a.views, share_ + slot, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
-      store(fma(q, own, VecD::load(sum + d)), sum + d);
-      store(fma(q, weighted, VecD::load(shared + d)), shared + d);
-    });
-  }
-  for (int64_t m = begin; m < end; ++m) {
-    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
-    if (i < a.first || i >= a.first + a.count) continue;
-    const VecD q = VecD::set1(end - begin > 1 ? classes.q[i] : 0), o = VecD::set1(classes.own[i]);
-    over_sums(rows, slot, a.views, share_ + slot, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
-      store(fma(o, own, q * (VecD::load(sum + d) - q * own)), pulls + d);
-      store(fma(o, weighted, q * (VecD::load(shared + d) - q * weighted)), pushes + d);
-    });
-    work(i, slot);
-  }
-}
-
 // The losses of the anchors of a class, from their log-sum-exp.
 template <class T>
 void losses_of_class(const ContrastiveForward& problem, const Positives<T>& p, int64_t c, int thread) {
   const ContrastiveRows& a = p.a;
   const double* pull = p.pull(thread);
-  p.over_anchors(c, thread, [&](int64_t i, int64_t slot) {
+  p.template over_anchors<false>(c, thread, [&](int64_t i, int64_t slot) {
     const VecD own = VecD::set1(-p.classes.own[i]);
     const double weight = static_cast<const T*>(problem.weight)[i - a.first];
     for (int64_t v = 0; v < a.views; ++v) {
@@ -269,8 +170,7 @@ void forward(const ContrastiveForward& problem, int threads) {
     return;
   }
   log_partition(problem, rows, threads);
-  const std::vector<double> share(rows.slots.slots, 0.0);
-  const Positives<T> positives(a, rows, classes, share.data(), threads);
+  const Positives<T> positives(a, rows, classes, nullptr, threads);
   over_classes(classes, threads, [&](int64_t c, int thread) { losses_of_class(problem, positives, c, thread); });
 }
 
@@ -313,7 +213,7 @@ Upstream<T>::Upstream(const ContrastiveBackward& problem, const Rows<T>& rows, c
 // Weights G of a block of rows and columns.
 template <class T>
 struct Weights {
-  static constexpr int64_t kStride = kMaxBlock + kSide<T>;  // not a power of 2, or columns would share a set of a cache
+  static constexpr int64_t kStride = Products<T>::kStride;
   Numbers<T> numbers{kMaxBlock * kStride};
   Products<T> products;
 
@@ -351,50 +251,6 @@ void find_weights(const Rows<T>& rows, const Block& one, const Block& other, con
   }
 }
 
-// out += product of a and b, for kGroup rows of a chunk.
-template <int64_t kRow, int64_t kStep, class T>
-CLUSTOPS_INLINE inline void add_product(const T* a, const T* b, int64_t steps, T* out) {
-  using V = Vector<T>;
-  Tile<T> tile;
-  for (int i = 0; i < kGroup; ++i) {
-    for (int j = 0; j < 2; ++j) tile[i][j] = V::load(out + i * kSide<T> + j * V::kWidth);
-  }
-  multiply<kRow, kStep>(a, b, steps, tile);
-  for (int i = 0; i < kGroup; ++i) {
-    for (int j = 0; j < 2; ++j) store(tile[i][j], out + i * kSide<T> + j * V::kWidth);
-  }
-}
-
-// result += G z for the rows of one block, and G' z for those of the other.
-template <class T>
-void Products<T>::add(const Rows<T>& rows, const Block& one, const Block& other, const T* weights, T* result) const {
-  constexpr int64_t kStride = Weights<T>::kStride;
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<T, float>) {
-    if (operands_) {
-      const Tiles tiles;
-      add_products(rows, one, other, *operands_, weights, kStride, result);
-      return;
-    }
-  }
-#endif
-  const bool same = one.first == other.first;
-  for (int64_t c = 0; c < rows.chunks; ++c) {
-    T* out = result + c * rows.slots.slots * kSide<T>;
-    for (int64_t row = one.first; row < one.computed(); row += kGroup) {
-      const int64_t begin = same ? row / kSide<T> * kSide<T> : other.first;
-      add_product<kStride, 1>(weights + (row - one.first) * kStride + begin - other.first, rows.chunk(c, begin),
-                              other.end - begin, out + row * kSide<T>);
-    }
-    if (!other.anchors) continue;
-    for (int64_t column = other.first; column < other.computed(); column += kGroup) {
-      const int64_t end = same ? column / kSide<T> * kSide<T> : one.computed();
-      add_product<1, kStride>(weights + column - other.first, rows.chunk(c, one.first), end - one.first,
-                              out + column * kSide<T>);
-    }
-  }
-}
-
 template <class S, class T>
 void write_row(const T* x, int64_t width, S* out) {
   constexpr int kWidth = Vector<T>::kWidth;
@@ -410,7 +266,7 @@ void gradients_of_class(const ContrastiveBackward& problem, const Positives<T>& 
   const ContrastiveRows& a = p.a;
   const Rows<T>& rows = p.rows;
   const double *pull = p.pull(thread), *push = p.push(thread);
-  p.over_anchors(c, thread, [&](int64_t i, int64_t slot) {
+  p.template over_anchors<true>(c, thread, [&](int64_t i, int64_t slot) {
     for (const int64_t end = slot + a.views; slot < end; ++slot) {
       const double r = upstream.share[slot];
       const VecD share = VecD::set1(r), twice = VecD::set1(-2 * p.classes.own[i] * r);

@@ -118,20 +118,76 @@ CLUSTOPS_INLINE inline void over_features(const Rows<T>& rows, int64_t slot, con
 }
 
 // step(feature, sum, weighted) with the sums of z and of share z over the views of a sample, the first in `slot`.
-template <class T, class Step>
+template <bool kWeighted, class T, class Step>
 CLUSTOPS_INLINE inline void over_sums(const Rows<T>& rows, int64_t slot, int64_t views, const double* share,
                                       const Step& step) {
   for (int64_t c = 0; c < rows.chunks; ++c) {
     for (int64_t k = 0; k < kSide<T>; k += VecD::kWidth) {
       const T* z = rows.chunk(c, slot) + k;
-      VecD sum = load_wide(z), weighted = sum * VecD::set1(share[0]);
+      VecD sum = load_wide(z), weighted = kWeighted ? sum * VecD::set1(share[0]) : sum;
       for (int64_t v = 1; v < views; ++v) {
         const VecD x = load_wide(z + v * kSide<T>);
         sum = sum + x;
-        weighted = fma(x, VecD::set1(share[v]), weighted);
+        if (kWeighted) weighted = fma(x, VecD::set1(share[v]), weighted);
       }
       step(c * kSide<T> + k, sum, weighted);
     }
+  }
+}
+
+// What pulls at the rows of a class, in fp64: sums over it, and for a sample, without the row itself,
+//   pull = q (sum - q own) + o own,  push likewise of rows times their share.
+template <class T>
+class Positives {
+ public:
+  Positives(const ContrastiveRows& a, const Rows<T>& rows, const Classes& classes, const double* share, int threads)
+      : a(a),
+        rows(rows),
+        classes(classes),
+        wide_(rows.chunks * kSide<T>),
+        share_(share),
+        sums_(threads * 4 * wide_) {}
+
+  // work(sample, slot of its first row) for each sample of a class that is an anchor, with pull of it, and push if asked.
+  template <bool kPush, class Work>
+  void over_anchors(int64_t c, int thread, const Work& work) const;
+
+  double* pull(int thread) const { return sums_.data() + thread * 4 * wide_; }
+  double* push(int thread) const { return pull(thread) + wide_; }
+
+  const ContrastiveRows& a;
+  const Rows<T>& rows;
+  const Classes& classes;
+
+ private:
+  const int64_t wide_;         // features, filled up
+  const double* const share_;  // [slots], null where there is no push
+  const Numbers<double> sums_;
+};
+
+template <class T>
+template <bool kPush, class Work>
+void Positives<T>::over_anchors(int64_t c, int thread, const Work& work) const {
+  double *pulls = pull(thread), *pushes = push(thread), *sum = pushes + wide_, *shared = sum + wide_;
+  std::fill_n(sum, 2 * wide_, 0.0);
+  const int64_t begin = classes.begin[c], end = classes.begin[c + 1];
+  for (int64_t m = begin; m < end && end - begin > 1; ++m) {
+    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
+    const VecD q = VecD::set1(classes.q[i]);
+    over_sums<kPush>(rows, slot, a.views, kPush ? share_ + slot : nullptr, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
+      store(fma(q, own, VecD::load(sum + d)), sum + d);
+      if (kPush) store(fma(q, weighted, VecD::load(shared + d)), shared + d);
+    });
+  }
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t i = classes.order[m], slot = rows.slots.slot_of(i * a.views);
+    if (i < a.first || i >= a.first + a.count) continue;
+    const VecD q = VecD::set1(end - begin > 1 ? classes.q[i] : 0), o = VecD::set1(classes.own[i]);
+    over_sums<kPush>(rows, slot, a.views, kPush ? share_ + slot : nullptr, [&](int64_t d, VecD own, VecD weighted) CLUSTOPS_INLINE {
+      store(fma(o, own, q * (VecD::load(sum + d) - q * own)), pulls + d);
+      if (kPush) store(fma(o, weighted, q * (VecD::load(shared + d) - q * weighted)), pushes + d);
+    });
+    work(i, slot);
   }
 }
 
