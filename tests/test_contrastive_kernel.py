@@ -206,6 +206,16 @@ def test_many_blocks(n: int, temperature: float) -> None:
     check_backward(problem, (n // 3, n // 2), n, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [9, 129, 300])
+@pytest.mark.usefixtures("instruction_set")
+def test_blocks_of_half_precision(n: int, dtype: torch.dtype) -> None:
+    problem = problem_of(n, n, 2, 40, dtype)
+    for part in ((0, n), (n // 3, n // 2)):
+        check_forward(problem, part)
+        check_backward(problem, part, n)
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.usefixtures("instruction_set")
 def test_anchors_of_a_part_are_rows_of_the_whole(dtype: torch.dtype) -> None:
