@@ -182,6 +182,11 @@ def test_views_of_a_sample_may_fill_tiles(program: Path) -> None:
     assert_is_the_reference(program, draw(2, 70, 8))
 
 
+@pytest.mark.parametrize("reweight", [True, False])
+def test_own_views_may_count_as_their_confidence_says(program: Path, reweight: bool) -> None:
+    assert_is_the_reference(program, replace(draw(20, 3, 8), own_confidence=True, reweight=reweight))
+
+
 @pytest.mark.parametrize("anchors", [(0, 1), (3, 5), (45, 25), (69, 1), (70, 0)])
 def test_anchors_may_be_some_of_the_samples(program: Path, anchors: tuple[int, int]) -> None:
     problem = draw(70, 2, 8)
@@ -220,8 +225,8 @@ def test_scores_too_far_apart_for_one_shift_are_fine(
 
 
 def test_long_rows_have_a_maximum_of_their_own(program: Path) -> None:
-    problem = draw(33, 2, 8)
-    problem.features *= torch.arange(1.0, 34)[:, None, None]
+    problem = draw(70, 2, 8)
+    problem.features *= torch.linspace(1, 33, 70)[:, None, None]  # the maximum comes late
     assert_is_the_reference(program, replace(problem, temperature=20.0), scale=20)
 
 
@@ -337,3 +342,24 @@ def test_bits_do_not_depend_on_the_order_of_threads(program: Path, kind: tuple[t
         runs.append([loss, lse, weight, norms, problem.backward(program, torch.ones_like(loss), lse)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+KB = 1 << 10  # of shared memory that a block may have
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "shared", "fits"),
+    [
+        (torch.bfloat16, 256, 99 * KB, True),
+        (torch.float32, 128, 99 * KB, True),
+        (torch.float32, 256, 99 * KB, False),
+        (torch.float32, 256, 163 * KB, True),
+        (torch.float16, 257, 227 * KB, False),
+        (torch.float64, 8, 227 * KB, False),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    program: Path, dtype: torch.dtype, width: int, shared: int, fits: bool
+) -> None:
+    found = Results(program, ["fits", DTYPES[dtype], width, shared])
+    assert bool(found.take(torch.uint8, 1)) == fits

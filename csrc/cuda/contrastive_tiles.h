@@ -32,12 +32,11 @@ struct TileLayout {
     arrays = static_cast<int64_t>(chunks) * columns * kChunkBytes;  // in a stage
     stage = arrays + n_arrays * columns * 4;
     stages = static_cast<int64_t>(chunks) * block_rows * kChunkBytes;
-    const int64_t other = static_cast<int64_t>(sizeof(Summary)) * kTileThreads / 32;
-    count = stages + 3 * stage + other <= limit ? 3 : 2;
-    // What a block ends with takes the place of rows and stages.
-    const int64_t used = stages + count * stage;
-    room = used > end_bytes ? used : end_bytes;
-    bytes = room + other;
+    count = stages + 3 * stage <= limit ? 3 : 2;
+    // What a block ends with takes the place of rows and stages; so does what its warps say to each other before and then.
+    room = end_bytes;
+    const int64_t used = stages + count * stage, ended = room + static_cast<int64_t>(sizeof(Summary)) * kTileThreads / 32;
+    bytes = used > ended ? used : ended;
   }
 };
 

@@ -32,7 +32,15 @@ struct Aligned {
 // Arguments: operation, order of threads, dtype, samples, views, width, first, count, temperature, normalize, elements before
 // the features, whether there are labels, whether and in which dtype confidence (-1: none), threshold, reweight,
 // own_confidence, exact, bytes of shared memory, whether it is Hopper; for the gradient the strides of the upstream one.
+//
+// Or "fits", dtype, width, bytes of shared memory: one byte says whether these kernels take such rows.
 int main(int, char** text) {
+  if (std::string(text[1]) == "fits") {
+    cuda::shared_limit = std::atoll(text[4]);
+    const bool fits = cuda::contrastive_fits(std::atoll(text[3]), static_cast<DType>(std::atoi(text[2])));
+    write(std::vector<char>{static_cast<char>(fits)});
+    return 0;
+  }
   const bool backward = std::string(text[1]) == "gradient";
   simt::order = static_cast<simt::Order>(std::atoi(text[2]));
   ContrastiveRows r{};
