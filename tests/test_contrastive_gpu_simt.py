@@ -178,8 +178,9 @@ def test_less_shared_memory_has_two_stages(program: Path, d: int) -> None:
     assert_is_the_reference(program, replace(problem, shared=99 << 10 if d == 256 else 30 << 10, order=2))
 
 
-def test_views_of_a_sample_may_fill_tiles(program: Path) -> None:
-    assert_is_the_reference(program, draw(2, 70, 8))
+@pytest.mark.parametrize(("n", "views"), [(2, 70), (15, 5)])  # the last view of five alone in the next tile
+def test_views_of_a_sample_may_lie_in_several_tiles(program: Path, n: int, views: int) -> None:
+    assert_is_the_reference(program, draw(n, views, 8))
 
 
 @pytest.mark.parametrize("reweight", [True, False])
