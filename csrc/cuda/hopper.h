@@ -100,7 +100,7 @@ inline void finish(const twin::Bulk& copy) {
 
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
   const twin::Bulk copy{to, from, bytes, barrier};
-  if (simt::order == simt::Order::forward) return finish(copy);
+  if (simt::order != simt::Order::reverse) return finish(copy);  // early, also where products are late
   twin::bulk.push_back(copy);
 }
 
