@@ -178,7 +178,7 @@ def test_less_shared_memory_has_two_stages(program: Path, d: int) -> None:
     assert_is_the_reference(program, replace(problem, shared=99 << 10 if d == 256 else 30 << 10, order=2))
 
 
-@pytest.mark.parametrize(("n", "views"), [(2, 70), (15, 5)])  # the last view of five alone in the next tile
+@pytest.mark.parametrize(("n", "views"), [(2, 70), (27, 5)])  # the last view of five alone in the next tile
 def test_views_of_a_sample_may_lie_in_several_tiles(program: Path, n: int, views: int) -> None:
     assert_is_the_reference(program, draw(n, views, 8))
 
@@ -228,7 +228,7 @@ def test_scores_too_far_apart_for_one_shift_are_fine(
 def test_long_rows_have_a_maximum_of_their_own(program: Path) -> None:
     problem = draw(70, 2, 8)
     problem.features *= torch.linspace(1, 33, 70)[:, None, None]  # the maximum comes late
-    assert_is_the_reference(program, replace(problem, temperature=20.0), scale=20)
+    assert_is_the_reference(program, replace(problem, temperature=5.0), scale=20)
 
 
 def test_norms_of_any_size_are_measured(program: Path) -> None:
