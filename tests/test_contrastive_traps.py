@@ -294,7 +294,7 @@ def test_peak_memory_is_that_of_the_docstring(path: str) -> None:
     command = [sys.executable, "-c", PEAK, path]
     peak = int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
     m, d = 8192, 128  # a dense loss takes 2,200 MB
-    working = 8 * m * (d + 8) + 2 * 2**20
+    working = 8 * m * (d + 8) + 4 * 2**20
     if path == "reference":  # at most eight fp64 copies of [M, D]
         working = 2 * 16 * 2**20 + 8 * 8 * m * d
     assert peak < 2 * 4 * m * d + working, f"{peak / 2**20:.1f} MB"
