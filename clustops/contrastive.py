@@ -72,10 +72,10 @@ def ccssl_loss(
             ``CLUSTOPS_CHECK_VALUES=1``.
         ClustopsWarning: once a process, where values are checked and rows are not of norm 1 within 10 %.
 
-    Cost: 6 M^2 D flops, M = N V, with gradient. Autograd keeps the arguments and 4 M bytes. Working memory is
-    8 M (max(D, 32) + 8) bytes and 4 MB a thread on a CPU, O(M D) on a GPU; without kernels O(M D) and two
-    blocks of scores, max(16 MB, 256 M bytes) each. Sums accumulate in fp32, over classes in fp64. There is
-    no second derivative.
+    Cost: 6 M^2 D flops, M = N V, with gradient, 4 on a CPU. Autograd keeps the arguments and 4 M bytes.
+    Working memory is 8 M (max(D, 32) + 8) bytes and 4 MB a thread on a CPU, O(M D) on a GPU; without kernels
+    O(M D) and two blocks of scores, max(16 MB, 256 M bytes) each. Sums accumulate in fp32, over classes in
+    fp64. There is no second derivative.
 
     >>> angles = torch.deg2rad(torch.tensor([[10.0, 20], [40, 35], [100, 120]]))
     >>> features = torch.stack([angles.cos(), angles.sin()], dim=-1)
