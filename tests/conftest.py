@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from clustops import native
 
 # For the benchmarks package; last, so that an installed clustops comes before these sources.
 sys.path.append(str(Path(__file__).parents[1]))
+
+# Tests that run beside each other share the cores; what they start inherits the same.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 settings.register_profile(
     "clustops", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow], print_blob=True

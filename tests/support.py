@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,35 @@ def assert_message(error: BaseException, *parts: str) -> None:
         assert part in text, f"{part!r} is not in the message: {text}"
     for part in (" must be ", ", got ", "; "):
         assert part in text, f"not argument/expected/got/cure: {text}"
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """An error where the host waits for a GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+needs_peak_of = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+
+
+def _kilobytes(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+def peak_of(work: Any) -> tuple[int, Any]:
+    """Kilobytes by which the memory of this process grew at most, and the result."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kilobytes("VmRSS")
+    result = work()
+    return _kilobytes("VmHWM") - before, result
 
 
 def _rank_main(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import generator, seeds
+from support import generator, no_waits, seeds
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -115,17 +114,6 @@ def test_fp64_takes_the_reference(loss: Loss, others: Any, d: int) -> None:
     found = both_ways(loss, features.cuda(), *(x.cuda() for x in given))
     for got, right in zip(found, both_ways(loss, features, *given), strict=True):
         torch.testing.assert_close(got.cpu(), right)
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @cases

@@ -149,9 +149,11 @@ def gpu(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = Kernels(program)
     for module in (chunked, weighted):
         monkeypatch.setattr(module, "extension", kernels)
-        monkeypatch.setattr(module, "multiply", in_fp32)
     for module in (chunked, blocks):
+        monkeypatch.setattr(module, "multiply", in_fp32)
         monkeypatch.setattr(module, "view", lambda tensor: tensor)
+    monkeypatch.setattr(chunked, "views", lambda *tensors: tensors)
+    monkeypatch.setattr(chunked, "stream_of", lambda tensor: 0)
     monkeypatch.setattr(chunked, "_ROWS", 128)
     monkeypatch.setattr(chunked, "_COLUMNS", 128)
     monkeypatch.setattr(weighted, "_ROWS", 40)
@@ -180,14 +182,14 @@ def class_losses(problem: tuple[Any, ...], scale: float = 5.0) -> None:
     features, labels, confidence, first, count, *options = problem
     wide = (features.double(), labels, confidence)
     exact = reference.contrastive_rows(*wide, first, count, *options)
-    found = chunked.contrastive_rows(*problem, stream=0)
+    found = chunked.contrastive_rows(*problem)
     for got, right in zip(found, exact, strict=True):
         assert_near(got, right.clamp_min(torch.finfo(torch.float32).min), features.dtype, scale)
     shape = features.shape[:2]
     upstream = torch.randn(shape, generator=generator(1))
     lse = reference.contrastive_rows(*wide, 0, shape[0], *options)[1]
     right = reference.contrastive_rows_backward(upstream.double(), *wide, lse, first, count, *options)
-    got = chunked.contrastive_rows_backward(upstream, *problem[:3], lse.float(), *problem[3:], stream=0)
+    got = chunked.contrastive_rows_backward(upstream, *problem[:3], lse.float(), *problem[3:])
     assert got.dtype == features.dtype
     assert_near(got, right, features.dtype, scale)
 
@@ -251,7 +253,7 @@ def test_small_upstream_gradients_do_not_vanish_in_fp16() -> None:
     upstream = torch.full((60, 2), 1e-4)
     right = reference.contrastive_rows_backward(upstream.double(), *given, lse, 0, 60, *options)
     got = chunked.contrastive_rows_backward(
-        upstream, features, labels, confidence, lse.float(), 0, 60, *options, stream=0
+        upstream, features, labels, confidence, lse.float(), 0, 60, *options
     )
     assert float((got.double() - right).norm() / right.norm()) < 4e-3
 
@@ -262,7 +264,7 @@ def test_a_bad_value_makes_class_losses_nan(where: str) -> None:
     features, labels, confidence = batch(0, 70, 2, 300, torch.float32)
     {"features": features, "confidence": confidence}[where].view(-1)[-1] = math.inf
     loss, _, _, norms = chunked.contrastive_rows(
-        features, labels, confidence, 0, 70, 0.2, 0.3, True, False, True, stream=0
+        features, labels, confidence, 0, 70, 0.2, 0.3, True, False, True
     )
     assert loss.isnan().all()
     assert norms.isnan().all()
@@ -274,9 +276,9 @@ def test_class_losses_are_the_same_bits_in_every_order_of_threads() -> None:
     runs = []
     for order in (0, 1, 2):
         run_in(order)
-        loss, lse, _, _ = chunked.contrastive_rows(*given, stream=0)
+        loss, lse, _, _ = chunked.contrastive_rows(*given)
         upstream = torch.linspace(-1, 1, 140).view(70, 2)
-        gradient = chunked.contrastive_rows_backward(upstream, *given[:3], lse, *given[3:], stream=0)
+        gradient = chunked.contrastive_rows_backward(upstream, *given[:3], lse, *given[3:])
         runs.append((loss, lse, gradient))
     for run in runs[1:]:
         assert all(torch.equal(one, other) for one, other in zip(run, runs[0], strict=True))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_close, generator, odd_sizes, seeds
+from support import assert_close, generator, no_waits, odd_sizes, seeds
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -146,17 +145,6 @@ def on_gpu(
     n: int, views: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[Tensor, ...]:
     return tuple(x.cuda() for x in draw(n, views, d, dtype, seed))
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

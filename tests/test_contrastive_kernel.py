@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import RTOL, assert_close, generator, odd_sizes, seeds
+from support import RTOL, assert_close, generator, needs_peak_of, odd_sizes, peak_of, seeds
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -492,21 +490,7 @@ def test_more_pairs_than_2_to_the_31() -> None:
         assert_close(rows, torch.full_like(rows, expected), torch.float32)
 
 
-def kilobytes(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
-
-
-def peak_of(work: Any) -> tuple[int, Any]:
-    """Kilobytes by which the memory of this process grew at most, and the result."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kilobytes("VmRSS")
-    result = work()
-    return kilobytes("VmHWM") - before, result
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@needs_peak_of
 @pytest.mark.parametrize("views", [1, 2])
 def test_memory_is_a_few_times_that_of_the_rows(views: int) -> None:
     problem = problem_of(0, 8192 // views, views, 128)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICES, generator, odd_sizes, seeds, small_sizes
+from support import DEVICES, generator, no_waits, odd_sizes, seeds, small_sizes
 from torch import Tensor
 
 import clustops
@@ -46,17 +44,6 @@ def assert_bits(found: Any, expected: Any) -> None:
 
 def on_gpu(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.cuda() for t in tensors)
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def samples(device: str = "cpu") -> list[tuple[Any, tuple[Any, ...]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -265,6 +266,19 @@ def test_ctas_share_long_rows(
     )
     assert_equal(found, right, dtype)
     assert_bits((found,), (run(program, *arguments).take(torch.float32, p, k + virtual),))
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ordinary_long_rows_are_read_once(program: Path, dtype: torch.dtype, order: int) -> None:
+    """The passes that stand in where a slice's numbers run out of range would hide faults of this one."""
+    scores, potentials = cosines(2, 23, 3100, dtype, 0), torch.randn(2, 3101, generator=generator(0))
+    found = run(program, "split", Machine(order, LONG, 17), Rows(scores), dtype, True, [0.05], [], potentials)
+    assert found.take(torch.float32).item() == 0
+    partials = found.take(torch.float32, 2, len(found.left) // (4 * 2 * 3101), 3101)
+    assert partials.shape[1] > 1
+    right = ops.column_log_mass(scores.double(), None, None, potentials.double(), 0.05, True)
+    assert_equal(torch.logsumexp(partials * math.log(2), 1), right, dtype)
 
 
 @pytest.mark.parametrize("far", [0.0, 60.0], ids=["near", "far apart"])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import assert_close, generator, odd_sizes, seeds, small_sizes
+from support import assert_close, generator, no_waits, odd_sizes, seeds, small_sizes
 from torch import Tensor
 
 from clustops.reference import sinkhorn_ops as ops
@@ -161,17 +160,6 @@ def both_ways(function: Callable[[Tensor], Tensor], scores: Tensor) -> tuple[Ten
     upstream = torch.linspace(-1, 1, result.numel(), device=result.device, dtype=result.dtype)
     (gradient,) = torch.autograd.grad(result, leaf, upstream.view(result.shape))
     return result.detach(), gradient
-
-
-@contextmanager
-def no_waits() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 SHAPES = [(8, 37, 300), (3, 64, 9000)]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_close, generator, odd_sizes, seeds, small_sizes
+from support import assert_close, generator, needs_peak_of, odd_sizes, peak_of, seeds, small_sizes
 from torch import Tensor
 
 from clustops import native
@@ -349,21 +347,7 @@ def test_rows_more_than_2_to_the_31_elements_apart() -> None:
     assert_bits(backward(far, near.upstream(0)), backward(near, near.upstream(0)))
 
 
-def kilobytes(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
-
-
-def peak_of(work: Any) -> tuple[int, Any]:
-    """Kilobytes by which the memory of this process grew at most, and the result."""
-    Path("/proc/self/clear_refs").write_text("5")
-    before = kilobytes("VmRSS")
-    result = work()
-    return kilobytes("VmHWM") - before, result
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@needs_peak_of
 def test_nothing_of_the_size_of_the_scores_is_allocated_but_the_gradient() -> None:
     problem = problem_of(0, 8, 2, 512, 1500, pairs=14)
     size = problem.scores.numel() * 4 // 1024

@@ -84,6 +84,16 @@ def view(tensor: torch.Tensor) -> Any:
     return to_dlpack(tensor)
 
 
+def views(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """``view`` of each tensor, made contiguous where it is not; ``None`` stays."""
+    return tuple(None if t is None else view(t.contiguous()) for t in tensors)
+
+
+def stream_of(x: torch.Tensor) -> int:
+    """The current stream of the GPU of ``x``, as the extension takes it."""
+    return int(torch.cuda.current_stream(x.device).cuda_stream)
+
+
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` with neighbouring features, at any stride otherwise: a copy only where they are apart."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -22,9 +22,7 @@ _OPTIONS = "float temperature, float threshold, bool reweight, bool own_confiden
 def _rows_fake(
     features: Tensor, labels: Tensor | None, confidence: Tensor | None, first: int, count: int, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    rows = features.new_empty((count, features.shape[1]), dtype=dtype)
-    return rows, torch.empty_like(rows), rows.new_empty((count,)), rows.new_empty((2,))
+    return cpu.new_results(features, count)
 
 
 def _backward_fake(

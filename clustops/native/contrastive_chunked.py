@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, view
+from . import extension, stream_of, view, views
+from .contrastive_cpu import new_results
+from .contrastive_weighted_blocks import multiply
 
 # Rows and columns of a block: its scores, 32 MB, and their gradients stay in the second cache of a large GPU.
 _ROWS = 1024
@@ -23,24 +25,22 @@ def contrastive_rows(
     first: int,
     count: int,
     *options: Any,
-    stream: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``clustops::contrastive_rows``."""
-    loss = features.new_empty((count, features.shape[1]), dtype=torch.float32)
-    lse, weight, norms = torch.empty_like(loss), loss.new_empty(count), loss.new_empty(2)
+    results = new_results(features, count)
     blocks = _Blocks(features, first, count)
     workspace = _workspace(features, backward=False)
     chunks = extension.ContrastiveChunks(
-        *_views(features, labels, confidence),
+        *views(features, labels, confidence),
         first,
         count,
         *options,
-        *_views(loss, lse, weight, norms, workspace, blocks.z),
-        stream,
+        *views(*results, workspace, blocks.z),
+        stream_of(features),
     )
     for block in blocks:
         chunks.sums(view(blocks.scores(*block)), block)
-    return loss, lse, weight, norms
+    return results
 
 
 def contrastive_rows_backward(
@@ -52,7 +52,6 @@ def contrastive_rows_backward(
     first: int,
     count: int,
     *options: Any,
-    stream: int,
 ) -> Tensor:
     """``clustops::contrastive_rows_backward``."""
     gradient = features.new_empty((count, *features.shape[1:]))
@@ -60,12 +59,12 @@ def contrastive_rows_backward(
     workspace = _workspace(features, backward=True)
     chunks = extension.ContrastiveChunksBackward(
         view(grad.detach().to(lse.dtype)),
-        *_views(features, labels, confidence, lse),
+        *views(features, labels, confidence, lse),
         first,
         count,
         *options,
-        *_views(gradient, workspace, blocks.z),
-        stream,
+        *views(gradient, workspace, blocks.z),
+        stream_of(features),
     )
     sums = blocks.z.new_empty((blocks.last - blocks.first, features.shape[2]), dtype=torch.float32)
     room = None if features.dtype == torch.float32 else torch.empty_like(blocks.room, dtype=features.dtype)
@@ -77,15 +76,6 @@ def contrastive_rows_backward(
         multiply(turned, blocks.z[column : column + columns], into, add=column > 0)
     chunks.end(view(sums), blocks.first)
     return gradient
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """``a b`` in ``out``, or added to it: in fp32 whatever the operands are."""
-    if a.dtype == out.dtype:
-        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    if add:
-        return out.add_(multiply(a, b, torch.empty_like(out)))
-    return torch.mm(a, b, out.dtype, out=out)
 
 
 class _Blocks:
@@ -118,7 +108,3 @@ def _whole_tiles(rows: int) -> int:
 def _workspace(features: Tensor, *, backward: bool) -> Tensor:
     size = extension.contrastive_chunked_workspace(view(features), backward)
     return features.new_empty(size // 4, dtype=torch.int32)
-
-
-def _views(*tensors: Tensor | None) -> tuple[object, ...]:
-    return tuple(None if t is None else view(t.contiguous()) for t in tensors)

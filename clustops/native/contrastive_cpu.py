@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import extension, view
+from . import extension, view, views
+
+
+def new_results(features: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for loss, LSE, W and norms of the rows of ``count`` samples."""
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    loss = features.new_empty((count, features.shape[1]), dtype=dtype)
+    return loss, torch.empty_like(loss), loss.new_empty((count,)), loss.new_empty((2,))
 
 
 def contrastive_rows(
@@ -19,21 +26,16 @@ def contrastive_rows(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``clustops::contrastive_rows``."""
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    loss = torch.empty((count, features.shape[1]), dtype=dtype)
-    lse, weight, norms = torch.empty_like(loss), loss.new_empty(count), loss.new_empty(2)
+    results = new_results(features, count)
     extension.contrastive_rows(
-        *_prepare(features, labels, confidence),
+        *views(features.detach(), labels, confidence),
         first,
         count,
         *options,
-        view(loss),
-        view(lse),
-        view(weight),
-        view(norms),
+        *map(view, results),
         torch.get_num_threads(),
     )
-    return loss, lse, weight, norms
+    return results
 
 
 def contrastive_rows_backward(
@@ -50,7 +52,7 @@ def contrastive_rows_backward(
     gradient = torch.empty((count, *features.shape[1:]), dtype=features.dtype)
     extension.contrastive_rows_backward(
         view(grad.detach().to(lse.dtype)),
-        *_prepare(features, labels, confidence),
+        *views(features.detach(), labels, confidence),
         view(lse.contiguous()),
         first,
         count,
@@ -59,9 +61,3 @@ def contrastive_rows_backward(
         torch.get_num_threads(),
     )
     return gradient
-
-
-def _prepare(features: Tensor, labels: Tensor | None, confidence: Tensor | None) -> tuple[object, ...]:
-    """The tensors as the kernels take them: contiguous."""
-    given = (features.detach(), labels, confidence)
-    return tuple(None if t is None else view(t.contiguous()) for t in given)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..reference import contrastive_rows as reference
 from . import contrastive_chunked as chunked
-from . import extension, view
+from . import extension, stream_of, view, views
+from .contrastive_cpu import new_results
 
 
 def contrastive_rows(
@@ -26,21 +27,20 @@ def contrastive_rows(
         size = extension.contrastive_cuda_workspace(view(features), first, count, exact, False)
         if size == 0 and features.dtype != torch.float64:
             given = (features, labels, confidence, first, count)
-            return chunked.contrastive_rows(*given, *options, stream=_stream(features))
+            return chunked.contrastive_rows(*given, *options)
         if size == 0:
             return reference.contrastive_rows(features, labels, confidence, first, count, *options)
-        loss = features.new_empty((count, features.shape[1]), dtype=torch.float32)
-        lse, weight, norms = torch.empty_like(loss), loss.new_empty(count), loss.new_empty(2)
+        results = new_results(features, count)
         extension.contrastive_rows_cuda(
-            *_views(features, labels, confidence),
+            *views(features, labels, confidence),
             first,
             count,
             *options,
-            *_views(loss, lse, weight, norms, _workspace(features, size)),
+            *views(*results, _workspace(features, size)),
             exact,
-            _stream(features),
+            stream_of(features),
         )
-    return loss, lse, weight, norms
+    return results
 
 
 def contrastive_rows_backward(
@@ -59,7 +59,7 @@ def contrastive_rows_backward(
         size = extension.contrastive_cuda_workspace(view(features), first, count, exact, True)
         if size == 0 and features.dtype != torch.float64:
             given = (grad, features, labels, confidence, lse, first, count)
-            return chunked.contrastive_rows_backward(*given, *options, stream=_stream(features))
+            return chunked.contrastive_rows_backward(*given, *options)
         if size == 0:
             return reference.contrastive_rows_backward(
                 grad, features, labels, confidence, lse, first, count, *options
@@ -67,19 +67,15 @@ def contrastive_rows_backward(
         gradient = features.new_empty((count, *features.shape[1:]))
         extension.contrastive_rows_backward_cuda(
             view(grad.detach().to(lse.dtype)),
-            *_views(features, labels, confidence, lse),
+            *views(features, labels, confidence, lse),
             first,
             count,
             *options,
-            *_views(gradient, _workspace(features, size)),
+            *views(gradient, _workspace(features, size)),
             exact,
-            _stream(features),
+            stream_of(features),
         )
     return gradient
-
-
-def _views(*tensors: Tensor | None) -> tuple[object, ...]:
-    return tuple(None if t is None else view(t.contiguous()) for t in tensors)
 
 
 def _workspace(features: Tensor, size: int) -> Tensor:
@@ -89,7 +85,3 @@ def _workspace(features: Tensor, size: int) -> Tensor:
 def _exact() -> bool:
     """Whether fp32 products keep all bits; TF32 has eleven."""
     return torch.get_float32_matmul_precision() == "highest"
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream)

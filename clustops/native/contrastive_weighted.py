@@ -11,6 +11,7 @@ from ..reference import contrastive_weighted_rows as reference
 from . import contrastive_weighted_cpu as cpu
 from . import contrastive_weighted_cuda as cuda
 from . import extension, register
+from .contrastive_cpu import new_results
 
 _cpu = hasattr(extension, "weighted_sums")
 _cuda = hasattr(extension, "weighted_sums_cuda")
@@ -19,9 +20,7 @@ _cuda = hasattr(extension, "weighted_sums_cuda")
 def _rows_fake(
     features: Tensor, pair_weights: Tensor, first: int, temperature: float, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    rows = features.new_empty((pair_weights.shape[0], features.shape[1]), dtype=dtype)
-    return rows, torch.empty_like(rows), rows.new_empty((pair_weights.shape[0],)), rows.new_empty((2,))
+    return new_results(features, pair_weights.shape[0])
 
 
 def _backward_fake(grad: Tensor, features: Tensor, *unused: Any) -> Tensor:

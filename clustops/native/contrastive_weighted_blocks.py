@@ -26,7 +26,6 @@ class Device(NamedTuple):
     triangle: bool  # whether a block above the diagonal stands for its mirror image as well
     sums: Callable[..., None]
     gradient: Callable[..., None]
-    multiply: Callable[..., Tensor]  # (a, b, out, add=False): a b, or out + a b, in out
     operand: Callable[[torch.dtype], torch.dtype]  # of matrix products, from that of the features
 
 
@@ -87,13 +86,13 @@ def gradient(
         g = turned[: products.numel()].view_as(products)
         device.gradient(*given, (views, first, *place), temperature)
         anchors, columns = blocks.rows_of(row, height), blocks.rows_of(column, width)
-        device.multiply(g, operands[columns], result[anchors], add=True)
+        multiply(g, operands[columns], result[anchors], add=True)
         # Columns that are rows of no other block: of no anchor, or beyond the diagonal.
         beyond = 0
         if first <= column < first + count:
             beyond = max(0, row + height - column) * views if device.triangle else products.shape[1]
         if beyond < products.shape[1]:
-            device.multiply(g[:, beyond:].T, operands[anchors], result[columns][beyond:], add=True)
+            multiply(g[:, beyond:].T, operands[anchors], result[columns][beyond:], add=True)
     result = result.div_(temperature if factor is None else temperature * factor).view(features.shape)
     return reference.through_norm(result, features, rows.view(features.shape), normalize)
 
@@ -107,6 +106,15 @@ def _factor(grad: Tensor) -> Tensor:
     """A power of two that brings products with gradients into the range of fp16, where none is above 4."""
     largest = grad.abs().amax().clamp(1e-30, 1e30)
     return torch.exp2(12 - largest.log2().ceil())
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """``a b`` in ``out``, or added to it: in fp32 whatever the operands are."""
+    if a.dtype == out.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if add:
+        return out.add_(multiply(a, b, torch.empty_like(out)))
+    return torch.mm(a, b, out.dtype, out=out)
 
 
 class _Blocks:
@@ -135,4 +143,4 @@ class _Blocks:
         """The inner products of a block ``[rows V, columns V]``."""
         a, b = self.rows[self.rows_of(row, rows)], self.rows[self.rows_of(column, columns)]
         out = self.room[: a.shape[0] * b.shape[0]].view(a.shape[0], b.shape[0])
-        return self.device.multiply(a, b.T, out)
+        return multiply(a, b.T, out)

@@ -26,7 +26,7 @@ def weighted_contrastive_rows_backward(*arguments: Any) -> Tensor:
 
 
 def _device() -> blocks.Device:
-    return blocks.Device(_ROWS, _COLUMNS, True, _sums, _gradient, _multiply, _operand)
+    return blocks.Device(_ROWS, _COLUMNS, True, _sums, _gradient, _operand)
 
 
 def _sums(*arguments: Any) -> None:
@@ -36,10 +36,6 @@ def _sums(*arguments: Any) -> None:
 def _gradient(*arguments: Any) -> None:
     # Gradients take the place of the products.
     extension.weighted_gradient(*arguments[:5], *arguments[6:], torch.get_num_threads())
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 
 
 def _operand(dtype: torch.dtype) -> torch.dtype:

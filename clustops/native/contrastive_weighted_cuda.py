@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..reference import contrastive_weighted_rows as reference
 from . import contrastive_weighted_blocks as blocks
-from . import extension
-from .contrastive_chunked import multiply
+from . import extension, stream_of
 
 # Rows and columns of a block: its 32 MB stay in the second cache of a large GPU.
 _ROWS = 1024
@@ -22,7 +21,7 @@ def weighted_contrastive_rows(features: Tensor, *rest: Any) -> tuple[Tensor, Ten
     if features.dtype == torch.float64:
         return reference.weighted_contrastive_rows(features, *rest)
     with torch.cuda.device(features.device):
-        return blocks.losses(_device(_stream(features)), features, *rest)
+        return blocks.losses(_device(stream_of(features)), features, *rest)
 
 
 def weighted_contrastive_rows_backward(grad: Tensor, features: Tensor, *rest: Any) -> Tensor:
@@ -30,11 +29,7 @@ def weighted_contrastive_rows_backward(grad: Tensor, features: Tensor, *rest: An
     if features.dtype == torch.float64:
         return reference.weighted_contrastive_rows_backward(grad, features, *rest)
     with torch.cuda.device(features.device):
-        return blocks.gradient(_device(_stream(features)), grad, features, *rest)
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream)
+        return blocks.gradient(_device(stream_of(features)), grad, features, *rest)
 
 
 def _device(stream: int) -> blocks.Device:
@@ -44,6 +39,5 @@ def _device(stream: int) -> blocks.Device:
         False,
         lambda *given: extension.weighted_sums_cuda(*given[:-1], stream),  # blocks are not mirrored
         lambda *given: extension.weighted_gradient_cuda(*given, stream),
-        multiply,
         lambda dtype: dtype,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import dense_rows, extension, register, view
+from . import dense_rows, extension, register, stream_of, view
 
 
 def _fake(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) -> tuple[Tensor, Tensor]:
@@ -41,9 +41,8 @@ def _cuda(x: Tensor, centroids: Tensor, top: int, precision: str | None = None) 
     size = extension.kmeans_assign_cuda_workspace(b, n, k, d, top, rows, precision)
     workspace = x.new_empty(size // 4, dtype=torch.float32)
     with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
         extension.kmeans_assign_cuda(
-            rows, view(centroids), view(labels), view(distances), view(workspace), precision, stream
+            rows, view(centroids), view(labels), view(distances), view(workspace), precision, stream_of(x)
         )
     return labels, distances
 

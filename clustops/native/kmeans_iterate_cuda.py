@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_iterate as reference
-from . import dense_rows, extension, view
+from . import dense_rows, extension, stream_of, view
 
 
 def fits(x: Tensor, k: int) -> bool:
@@ -36,10 +36,9 @@ def iterate(
     repaired, still = labels.new_empty(e), labels.new_empty(e)
     given = (x, weights, grid.contiguous(), centroids.float().contiguous(), result, labels, repaired, still)
     with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
         split = empty == "split"
         extension.kmeans_iterate_cuda(
-            *(view(t) for t in given), iterations, cosine, split, seed & (2**64 - 1), stream
+            *(view(t) for t in given), iterations, cosine, split, seed & (2**64 - 1), stream_of(x)
         )
     return result, labels, repaired, still
 
@@ -69,9 +68,8 @@ def _members(
 ) -> None:
     given = (score.contiguous(), labels.contiguous(), weights, best)
     with torch.cuda.device(score.device):
-        stream = torch.cuda.current_stream().cuda_stream
         found = None if result is None else view(result)
-        extension.kmeans_members_cuda(*(view(t) for t in given), found, offset, last, stream)
+        extension.kmeans_members_cuda(*(view(t) for t in given), found, offset, last, stream_of(score))
 
 
 def split(
@@ -83,8 +81,7 @@ def split(
     child, tickets = torch.empty_like(counts), torch.empty_like(counts)
     given = (means.contiguous(), farthest.contiguous(), counts, centroids, child, tickets)
     with torch.cuda.device(means.device):
-        stream = torch.cuda.current_stream().cuda_stream
         extension.kmeans_split_cuda(
-            *(view(t) for t in given), seed & (2**64 - 1), restarts, iteration, stream
+            *(view(t) for t in given), seed & (2**64 - 1), restarts, iteration, stream_of(means)
         )
     return centroids, child

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import kmeans_ops as ops
-from . import dense_rows, extension, view
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream)
+from . import dense_rows, extension, stream_of, view
 
 
 def bounds(x: Tensor, weights: Tensor) -> Tensor:
@@ -18,7 +14,7 @@ def bounds(x: Tensor, weights: Tensor) -> Tensor:
     x = dense_rows(x)
     result = x.new_empty((x.shape[0], x.shape[2] + 1), dtype=torch.float64)
     with torch.cuda.device(x.device):
-        extension.kmeans_bounds_cuda(view(x), view(weights), view(result), _stream(x))
+        extension.kmeans_bounds_cuda(view(x), view(weights), view(result), stream_of(x))
     return result
 
 
@@ -42,7 +38,7 @@ def sums_(
             view(weights),
             view(grid.contiguous()),
             None if before is None else view(before.contiguous()),
-            _stream(x),
+            stream_of(x),
         )
     for given, written in ((sums, total), (counts, number)):
         if given is not written:
@@ -57,7 +53,7 @@ def means(sums: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
     workspace = sums.new_empty((b, extension.kmeans_means_blocks(k * d)))
     with torch.cuda.device(sums.device):
         extension.kmeans_means_cuda(
-            *(view(t) for t in (sums.contiguous(), previous, result, shift, workspace)), _stream(sums)
+            *(view(t) for t in (sums.contiguous(), previous, result, shift, workspace)), stream_of(sums)
         )
     return result, shift
 
@@ -66,7 +62,9 @@ def counts(labels: Tensor, weights: Tensor, k: int) -> Tensor:
     """``clustops::kmeans_counts``."""
     result = labels.new_empty((labels.shape[0], k))
     with torch.cuda.device(labels.device):
-        extension.kmeans_counts_cuda(view(labels.contiguous()), view(weights), view(result), _stream(labels))
+        extension.kmeans_counts_cuda(
+            view(labels.contiguous()), view(weights), view(result), stream_of(labels)
+        )
     return result
 
 
@@ -79,7 +77,7 @@ def potentials(
     improves = closest.new_empty(closest.shape, dtype=torch.int32)
     given = (candidates.to(dtype).contiguous(), closest.to(dtype).contiguous(), weights, scale.contiguous())
     with torch.cuda.device(x.device):
-        extension.kmeans_potentials_cuda(*(view(t) for t in (x, *given, result, improves)), _stream(x))
+        extension.kmeans_potentials_cuda(*(view(t) for t in (x, *given, result, improves)), stream_of(x))
     return result, improves
 
 
@@ -100,7 +98,7 @@ def closest_(
             view(centroid.to(closest.dtype).contiguous()),
             view(improves.contiguous()) if masked and improves is not None else None,
             view(chosen.contiguous()) if masked and chosen is not None else None,
-            _stream(x),
+            stream_of(x),
         )
 
 
@@ -113,5 +111,5 @@ def seed(x: Tensor, weights: Tensor, uniform: Tensor, k: int) -> Tensor:
     workspace = chosen.new_empty(size)
     given = (x, weights, uniform[:, : k * trials].contiguous(), chosen, workspace)
     with torch.cuda.device(x.device):
-        extension.kmeans_seed_cuda(*(view(t) for t in given), _stream(x))
+        extension.kmeans_seed_cuda(*(view(t) for t in given), stream_of(x))
     return chosen

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.sinkhorn_ops import accumulator
-from . import dense_rows, extension, view
+from . import dense_rows, extension, stream_of, view
 
 
 def potentials(
@@ -57,7 +57,7 @@ def assign_(out: Tensor, scores: Tensor, potentials: Tensor, epsilon: float, har
     workspace = row.new_empty(0, dtype=torch.float64)
     with torch.cuda.device(scores.device):
         given = (written, dense_rows(scores), row, workspace)
-        extension.sinkhorn_assign_cuda(*map(view, given), epsilon, hard, _stream())
+        extension.sinkhorn_assign_cuda(*map(view, given), epsilon, hard, stream_of(scores))
     if written is not out:
         out.copy_(written)
 
@@ -78,7 +78,7 @@ def column_mass(
         size = extension.sinkhorn_column_mass_workspace_cuda(view(rows[0]), _view(rows[1]), virtual)
         workspace = row.new_empty(size, dtype=torch.float64)
         given = (result, *rows, row, workspace)
-        extension.sinkhorn_column_mass_cuda(*map(_view, given), epsilon, normalized, _stream())
+        extension.sinkhorn_column_mass_cuda(*map(_view, given), epsilon, normalized, stream_of(scores))
     return result
 
 
@@ -110,7 +110,9 @@ def _solve(
         size = extension.sinkhorn_workspace_cuda(view(x), _view(queued), virtual)
         workspace = result.new_empty(size, dtype=torch.float64)
         given = (result, assignments, x, queued, prior, weighed, init, workspace)
-        extension.sinkhorn_cuda(*map(_view, given), epsilon, n_iters, relax, mass, tol, hard, _stream())
+        extension.sinkhorn_cuda(
+            *map(_view, given), epsilon, n_iters, relax, mass, tol, hard, stream_of(scores)
+        )
     return result
 
 
@@ -134,7 +136,3 @@ def _writable(out: Tensor, scores: Tensor) -> Tensor:
 
 def _view(tensor: Tensor | None) -> Any:
     return None if tensor is None else view(tensor)
-
-
-def _stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference import sinkhorn_ops as reference
-from . import extension, view
+from . import extension, stream_of, view
 from .sinkhorn_loss_cpu import as_kernels_take
 
 
@@ -34,7 +34,7 @@ def soft_cross_entropy(
             temperature,
             target_temperature,
             *(view(t) for t in (losses, p, q, losses.new_empty(size))),
-            _stream(scores),
+            stream_of(scores),
         )
     return losses, p, q
 
@@ -64,7 +64,7 @@ def soft_cross_entropy_backward(
             temperature,
             target_temperature,
             view(result),
-            _stream(scores),
+            stream_of(scores),
         )
     return result
 
@@ -84,9 +84,5 @@ def _project(m: Tensor, gradient: Tensor | None, n_iters: int) -> Tensor:
     result = torch.empty_like(m)
     with torch.cuda.device(m.device):
         given = view(m), None if gradient is None else view(gradient)
-        extension.sinkhorn_matrix_cuda(*given, view(result), n_iters, _stream(m))
+        extension.sinkhorn_matrix_cuda(*given, view(result), n_iters, stream_of(m))
     return result
-
-
-def _stream(x: Tensor) -> int:
-    return int(torch.cuda.current_stream(x.device).cuda_stream)

@@ -4,6 +4,7 @@
 
 #include "../common/parallel.h"
 #include "../common/simd_exp.h"
+#include "amx.h"
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
@@ -63,12 +64,7 @@ double measure_matmul(double seconds, int threads) {
     bits = static_cast<uint16_t>((state >> 16 & 0x807f) | 0x3f00 | (state >> 24 & 0x80));
   }
   const double runs = rate(seconds, threads, [](int64_t) {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
+    const Tiles tiles;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -83,7 +79,6 @@ double measure_matmul(double seconds, int threads) {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_release();
   });
   return runs * kSteps * 4 * (2.0 * 16 * 16 * 32) * 1e-9;
 #else

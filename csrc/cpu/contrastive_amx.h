@@ -2,6 +2,7 @@
 // products of two such sums the six large ones count. Numbers of bf16 are one part, and exact.
 #pragma once
 
+#include "amx.h"
 #include "contrastive_pairs.h"
 
 #if defined(__AMX_BF16__)
@@ -11,19 +12,6 @@ namespace {
 
 constexpr int kParts = 3;
 constexpr int64_t kTile = 16 * 32;  // numbers in a tile, of bf16
-
-struct Tiles {  // each with 16 rows of 64 bytes, for the life of this
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-};
 
 inline __m512 of_bf16(__m256i bits) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -11,6 +11,7 @@
 // the centroid with the smallest score, which gives an upper bound, and to all others whose lower bound is not above it.
 // Nothing depends on the other rows of a tile.
 #include "../common/parallel.h"
+#include "amx.h"
 #include "kmeans_amx_pack.h"
 
 namespace clustops::cpu::CLUSTOPS_ISA {
@@ -244,18 +245,6 @@ class Block {
   Rows<T> rows_{};
   int64_t ahead_ = 0, ahead_end_ = 0, ahead_step_ = 0;  // rows to prefetch
   State<T> state_[kMaxBlocks];
-};
-
-struct Tiles {  // each with 16 rows of 64 bytes, for the life of this
-  Tiles() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() { _tile_release(); }
 };
 
 template <class T>

@@ -23,12 +23,7 @@ __device__ void join_columns(RowSums (&sums)[kM][2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
-      for (int by = 1; by < 4; by *= 2) {
-        const RowSums& mine = sums[m][half];
-        const RowSums other{__shfl_xor_sync(kAllLanes, mine.shift, by), __shfl_xor_sync(kAllLanes, mine.sum, by),
-                            __shfl_xor_sync(kAllLanes, mine.pull, by), __shfl_xor_sync(kAllLanes, mine.own, by)};
-        sums[m][half].merge(other);
-      }
+      for (int by = 1; by < 4; by *= 2) sums[m][half].merge(shuffled(sums[m][half], by));
     }
   }
 }
@@ -197,12 +192,7 @@ void contrastive_rows(const ContrastiveForward& problem, void* workspace, bool e
                       static_cast<float*>(problem.weight),
                       static_cast<float*>(problem.norms)};
   if (plan.sm90) return forward_sm90(t, stream);
-  switch (operand) {
-    case Operand::bf16: return run<Operand::bf16>(t, plan, stream);
-    case Operand::f16: return run<Operand::f16>(t, plan, stream);
-    case Operand::tf32: return run<Operand::tf32>(t, plan, stream);
-    case Operand::f32: return run<Operand::f32>(t, plan, stream);
-  }
+  with_operand(operand, [&](auto known) { run<decltype(known)::value>(t, plan, stream); });
 }
 
 }  // namespace clustops::cuda

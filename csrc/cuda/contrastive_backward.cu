@@ -253,12 +253,7 @@ void contrastive_rows_backward(const ContrastiveBackward& problem, void* workspa
                        r.features,
                        problem.gradient};
   if (plan.sm90) return backward_sm90(t, stream);
-  switch (operand) {
-    case Operand::bf16: return run<Operand::bf16>(t, plan, stream);
-    case Operand::f16: return run<Operand::f16>(t, plan, stream);
-    case Operand::tf32: return run<Operand::tf32>(t, plan, stream);
-    case Operand::f32: return run<Operand::f32>(t, plan, stream);
-  }
+  with_operand(operand, [&](auto known) { run<decltype(known)::value>(t, plan, stream); });
 }
 
 }  // namespace clustops::cuda

@@ -75,15 +75,6 @@ struct alignas(16) FourIntegers {
   int32_t x[kWide];
 };
 
-__device__ inline RowSums shuffled(const RowSums& sums, int by) {
-  RowSums other;
-  other.shift = __shfl_xor_sync(kAllLanes, sums.shift, by);
-  other.sum = __shfl_xor_sync(kAllLanes, sums.sum, by);
-  other.pull = __shfl_xor_sync(kAllLanes, sums.pull, by);
-  other.own = __shfl_xor_sync(kAllLanes, sums.own, by);
-  return other;
-}
-
 // One CTA per kSumRows rows of a block: each thread takes four columns of all of them at a time.
 // Limit: reading scores, which the matrix product has just left in the level 2 cache.
 __global__ void __launch_bounds__(kThreads) sum_block(ForwardTask t, ContrastiveBlock block, RowSums* carried) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/tensor.h"
 #include "kmeans_layout.h"
@@ -34,6 +35,17 @@ inline Operand operand_of(DType dtype, bool exact) {
 
 CLUSTOPS_HOST_DEVICE constexpr int bytes_of(Operand operand) {
   return operand == Operand::bf16 || operand == Operand::f16 ? 2 : 4;
+}
+
+// work(operand) with an operand that is known when this is compiled.
+template <class Work>
+void with_operand(Operand operand, const Work& work) {
+  switch (operand) {
+    case Operand::bf16: return work(std::integral_constant<Operand, Operand::bf16>());
+    case Operand::f16: return work(std::integral_constant<Operand, Operand::f16>());
+    case Operand::tf32: return work(std::integral_constant<Operand, Operand::tf32>());
+    case Operand::f32: return work(std::integral_constant<Operand, Operand::f32>());
+  }
 }
 
 // What a CTA that prepares knows of its rows or samples.

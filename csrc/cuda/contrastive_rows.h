@@ -82,6 +82,16 @@ struct BackwardTask {
   void* gradient;        // [last - first, width], likewise
 };
 
+// Those of the lane `by` apart.
+__device__ inline RowSums shuffled(const RowSums& sums, int by) {
+  RowSums other;
+  other.shift = __shfl_xor_sync(kAllLanes, sums.shift, by);
+  other.sum = __shfl_xor_sync(kAllLanes, sums.sum, by);
+  other.pull = __shfl_xor_sync(kAllLanes, sums.pull, by);
+  other.own = __shfl_xor_sync(kAllLanes, sums.own, by);
+  return other;
+}
+
 template <int kThreads>
 __device__ Summary all_of(Summary mine, Summary* room) {
   const auto join = [](Summary& a, const Summary& b) {

@@ -247,12 +247,7 @@ struct Sums {
     for (int half = 0; half < 2; ++half) {
       RowSums& sums = total[half];
 #pragma unroll
-      for (int by = 1; by < 4; by *= 2) {
-        RowSums other;
-        other.shift = __shfl_xor_sync(kAllLanes, sums.shift, by), other.sum = __shfl_xor_sync(kAllLanes, sums.sum, by);
-        other.pull = __shfl_xor_sync(kAllLanes, sums.pull, by), other.own = __shfl_xor_sync(kAllLanes, sums.own, by);
-        sums.merge(other);
-      }
+      for (int by = 1; by < 4; by *= 2) sums.merge(shuffled(sums, by));
       if (threadIdx.x % 4 == 0) to[row + 8 * half - first] = sums;
     }
   }

@@ -32,15 +32,6 @@ __device__ float weight_at(const WeightedBlock& a, int64_t anchor, int64_t sampl
   return static_cast<float>(value_of(static_cast<const W*>(a.weights)[anchor * a.weights_stride + sample]));
 }
 
-__device__ inline RowSums shuffled(const RowSums& sums, int by) {
-  RowSums other;
-  other.shift = __shfl_xor_sync(kAllLanes, sums.shift, by);
-  other.sum = __shfl_xor_sync(kAllLanes, sums.sum, by);
-  other.pull = __shfl_xor_sync(kAllLanes, sums.pull, by);
-  other.own = __shfl_xor_sync(kAllLanes, sums.own, by);
-  return other;
-}
-
 // Takes columns c, c + kThreads, ... of one row: `pull` sums w x, `own` w.
 template <class W>
 __device__ void take_columns(const WeightedBlock& a, const Line& at, const float* products, int64_t c, float scale,

@@ -43,8 +43,14 @@ struct Copy {
   const void* from;
 };
 
-// Copies that each thread has asked for, a vector for each group.
-inline std::vector<std::vector<Copy>> pending[1024];
+// Copies that this thread has asked for, a vector for each group.
+inline std::vector<std::vector<Copy>>& pending() {
+  static std::vector<std::vector<std::vector<Copy>>> of_threads;
+  const std::size_t mine = std::size_t{blockIdx.x} * 1024 + threadIdx.x;
+  if (mine >= of_threads.size()) of_threads.resize(std::max(mine + 1, 2 * of_threads.size()));
+  if (of_threads[mine].empty()) of_threads[mine].emplace_back();
+  return of_threads[mine];
+}
 
 }  // namespace twin
 
@@ -87,22 +93,17 @@ inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 inline uint32_t pack_bf16(float low, float high) { return twin::to_bf16(low) | twin::to_bf16(high) << 16; }
 
 inline void copy_async(void* to, const void* from) {
-  auto& groups = twin::pending[threadIdx.x];
-  if (groups.empty()) groups.emplace_back();
+  auto& groups = twin::pending();
   groups.back().push_back({to, from});
   if (simt::order == simt::Order::forward) std::memcpy(to, from, 16);  // the earliest that is allowed
 }
 
-inline void commit_copies() {
-  auto& groups = twin::pending[threadIdx.x];
-  if (groups.empty()) groups.emplace_back();
-  groups.emplace_back();
-}
+inline void commit_copies() { twin::pending().emplace_back(); }
 
 // All but the last `kOpen` groups of this thread have arrived.
 template <int kOpen>
 void wait_for_copies() {
-  auto& groups = twin::pending[threadIdx.x];
+  auto& groups = twin::pending();
   while (groups.size() > kOpen + 1) {
     if (simt::order != simt::Order::forward) {
       for (const twin::Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);

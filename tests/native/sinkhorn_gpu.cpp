@@ -4,8 +4,10 @@
 #include <cstring>
 #include <string>
 
+#include "../../csrc/cuda/exponent.h"
 #include "../../csrc/cuda/kernels.h"
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/sinkhorn_split.h"
 #include "stream.h"
 
 
@@ -67,6 +69,18 @@ void column_mass(Input& in, const int64_t* size) {
   write(found);
 }
 
+// Column masses of long rows as their own pass leaves them: for each chunk of rows; and whether it gave up.
+void split(Input& in, const int64_t* size) {
+  const SinkhornRows rows = in.view(size[7]);
+  const auto potentials = in.potentials(true);
+  auto workspace = room(4 * cuda::split_workspace(rows, in.all));
+  const auto scale = static_cast<float>(cuda::kLog2E / in.settings[0]);
+  const auto* start = reinterpret_cast<const float*>(potentials.data());
+  const cuda::SplitMasses found = cuda::split_masses({rows, start, nullptr, workspace.data(), in.all, scale, true}, nullptr);
+  write(std::vector<float>{*found.failed});
+  write(std::vector<float>(found.partials, found.partials + in.problems * found.chunks.count * in.all));
+}
+
 void assign(Input& in, const int64_t* size, DType out) {
   const SinkhornRows rows = in.view(size[7]);
   const auto potentials = in.potentials(true);
@@ -105,6 +119,7 @@ int main(int count, char** arguments) {
   for (int i = 7; i < count; ++i) size.push_back(std::atoll(arguments[i]));
   Input in(dtype, size.data());
   if (operation == "mass") column_mass(in, size.data());
+  if (operation == "split") split(in, size.data());
   if (operation == "assign") assign(in, size.data(), out);
   if (operation == "solve") solve(in, size.data(), out);
 }
