@@ -13,6 +13,7 @@ from .checks import check_choice, check_same_device, reject, shape_of
 from .sampler_weights import check_counts, check_labels
 
 _MEANS = ("arithmetic", "geometric", "min", "max")
+_DENSE = 1 << 16  # pairs of clusters that are always counted in a table
 
 
 class ClusterSizes(NamedTuple):
@@ -41,7 +42,7 @@ def nmi(a: Any, b: Any, *, average: str = "arithmetic") -> float:
     Raises:
         TypeError, ValueError: the labels differ in length or device, or an argument is out of its range.
 
-    Cost: sorts of N labels; memory O(N).
+    Cost: a pass over N labels, or sorts of them where there are more than N pairs of clusters; memory O(N).
 
     Example:
         >>> nmi(torch.tensor([0, 0, 1, 1]), torch.tensor([1, 1, 0, 0]))
@@ -53,8 +54,8 @@ def nmi(a: Any, b: Any, *, average: str = "arithmetic") -> float:
     rows, columns, cells = _contingency(a, b)
     if rows.numel() == columns.numel() == 1:
         return 1.0
-    h_a, h_b = _entropy(rows), _entropy(columns)
-    information = max(h_a + h_b - _entropy(cells[2]), 0.0)
+    h_a, h_b, joint = _entropies(rows, columns, cells[2])
+    information = max(h_a + h_b - joint, 0.0)
     means = {
         "arithmetic": (h_a + h_b) / 2,
         "geometric": (h_a * h_b) ** 0.5,
@@ -79,7 +80,7 @@ def ari(a: Any, b: Any) -> float:
     Raises:
         TypeError, ValueError: the labels differ in length or device, or are not ``[N]`` integers >= 0.
 
-    Cost: sorts of N labels; memory O(N).
+    Cost: a pass over N labels, or sorts of them where there are more than N pairs of clusters; memory O(N).
 
     Example:
         >>> ari(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 2]))
@@ -88,9 +89,7 @@ def ari(a: Any, b: Any) -> float:
     Source: Hubert and Arabie, "Comparing partitions", 1985.
     """
     rows, columns, cells = _contingency(a, b)
-    both, in_a, in_b = _pairs(cells[2]), _pairs(rows), _pairs(columns)
-    n = int(rows.sum())
-    pairs = n * (n - 1) // 2
+    both, in_a, in_b, pairs = _pairs(cells[2], rows, columns, rows.sum(0, keepdim=True))
     # All multiplied by 2 * pairs: whole numbers up to the one division.
     top, bottom = 2 * (both * pairs - in_a * in_b), (in_a + in_b) * pairs - 2 * in_a * in_b
     return top / bottom if bottom else 1.0
@@ -110,15 +109,16 @@ def purity(clusters: Any, classes: Any) -> float:
     Raises:
         TypeError, ValueError: the labels differ in length or device, or are not ``[N]`` integers >= 0.
 
-    Cost: sorts of N labels; memory O(N).
+    Cost: a pass over N labels, or sorts of them where there are more than N pairs of clusters; memory O(N).
 
     Example:
         >>> purity(torch.tensor([0, 0, 0, 1]), torch.tensor([5, 5, 7, 7]))
         0.75
     """
-    rows, _, (row, _, count) = _contingency(clusters, classes, ("clusters", "classes"))
+    rows, columns, (row, _, count) = _contingency(clusters, classes, ("clusters", "classes"))
     largest = torch.zeros_like(rows).scatter_reduce_(0, row, count, "amax")
-    return int(largest.sum()) / int(rows.sum())
+    right, n = torch.stack([largest.sum(), columns.sum()]).tolist()
+    return float(right / n)
 
 
 def hungarian_accuracy(clusters: Any, classes: Any) -> float:
@@ -175,7 +175,7 @@ def effective_clusters(counts: Any) -> float:
     counts = check_counts(counts, "counts")
     if not bool((counts > 0).any()):
         reject("counts", "above 0 for one cluster at least", "only zeros", "count the labels again")
-    return float(np.exp(_entropy(counts)))
+    return float(np.exp(_entropies(counts)[0]))
 
 
 def cluster_sizes(counts: Any) -> ClusterSizes:
@@ -204,9 +204,11 @@ def cluster_sizes(counts: Any) -> ClusterSizes:
     effective = effective_clusters(sizes)
     ordered = torch.sort(sizes.long()).values
     k = ordered.numel()
-    median = (int(ordered[(k - 1) // 2]) + int(ordered[k // 2])) / 2
-    empty = int((ordered == 0).sum())
-    return ClusterSizes(int(ordered[0]), median, int(ordered[-1]), int(ordered.sum()) / k, empty, effective)
+    middle = ordered[(k - 1) // 2] + ordered[k // 2]
+    least, two_medians, most, whole, empty = torch.stack(
+        [ordered[0], middle, ordered[-1], ordered.sum(), (ordered == 0).sum()]
+    ).tolist()
+    return ClusterSizes(least, two_medians / 2, most, whole / k, empty, effective)
 
 
 def _contingency(
@@ -218,11 +220,21 @@ def _contingency(
         expected = f"[N] with N = {names[0]}.shape[0] = {one.shape[0]}"
         reject(names[1], expected, shape_of(two), "pass two labels of each sample")
     check_same_device(two, names[1], one, names[0])
-    for labels, name in ((one, names[0]), (two, names[1])):
-        if bool((labels < 0).any()):
-            reject(
-                name, ">= 0", int(labels.min()), "select the samples with a label first, in both arguments"
-            )
+    low, high, low_two, high_two = torch.stack([*one.aminmax(), *two.aminmax()]).tolist()
+    for least, name in ((low, names[0]), (low_two, names[1])):
+        if least < 0:
+            reject(name, ">= 0", least, "select the samples with a label first, in both arguments")
+    if (high + 1) * (high_two + 1) > max(_DENSE, one.numel()):
+        return _sorted_contingency(one, two)
+    table = (one * (high_two + 1) + two).bincount(minlength=(high + 1) * (high_two + 1))
+    table = table.view(high + 1, high_two + 1)
+    table = table[table.any(1)][:, table.any(0)]
+    row, column = table.nonzero(as_tuple=True)
+    return table.sum(1), table.sum(0), (row, column, table[row, column])
+
+
+def _sorted_contingency(one: Tensor, two: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The same where a table of all pairs would be larger than the labels."""
     _, row, rows = one.unique(return_inverse=True, return_counts=True)
     _, column, columns = two.unique(return_inverse=True, return_counts=True)
     width = columns.numel()
@@ -237,45 +249,48 @@ def _labels(labels: Any, name: str) -> Tensor:
     return tensor
 
 
-def _entropy(counts: Tensor) -> float:
-    counts = counts[counts > 0].double()
-    p = counts / counts.sum()
-    return max(-float((p * p.log()).sum()), 0.0)
+def _entropies(*counts: Tensor) -> list[float]:
+    each = [torch.special.entr(n.double() / n.sum()).sum() for n in counts]
+    entropies: list[float] = torch.stack(each).tolist()
+    return [max(entropy, 0.0) for entropy in entropies]
 
 
-def _pairs(counts: Tensor) -> int:
-    return sum(n * (n - 1) // 2 for n in counts.tolist())
+def _pairs(*counts: Tensor) -> list[int]:
+    # Below 2^63, as N is below 2^32.
+    pairs: list[int] = torch.stack([(n * (n - 1) // 2).sum() for n in counts]).tolist()
+    return pairs
 
 
 def _assignment(cost: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Column of each row in the cheapest matching; ``cost`` is ``[s, t]`` integers, s <= t.
 
     Rows enter one by one; each finds the cheapest path over tight edges to a free column, and the potentials
-    follow (Dijkstra on reduced costs). Column t is the root that holds the entering row.
+    follow (Dijkstra on reduced costs, all columns at one distance in one step: counts have many ties).
     """
     s, t = cost.shape
-    u, v = np.zeros(s, dtype=np.int64), np.zeros(t + 1, dtype=np.int64)
-    owner = np.full(t + 1, -1)
-    far = np.iinfo(np.int64).max
-    for row in range(s):
-        owner[t], column = row, t
-        distance, before, done = np.full(t, far), np.full(t, t), np.zeros(t + 1, dtype=bool)
-        while owner[column] != -1:
-            done[column] = True
-            i = owner[column]
-            reduced = cost[i] - u[i] - v[:t]
-            nearer = ~done[:t] & (reduced < distance)
-            distance[nearer], before[nearer] = reduced[nearer], column
-            nearest = np.where(done[:t], far, distance)
-            column = int(nearest.argmin())
-            step = nearest[column]
-            u[owner[done]] += step
-            v[done] -= step
-            distance[~done[:t]] -= step
-        while column != t:
-            owner[column] = owner[before[column]]
-            column = before[column]
-    match = np.empty(s, dtype=np.int64)
-    columns = np.nonzero(owner[:t] >= 0)[0]
-    match[owner[columns]] = columns
+    u, v = np.zeros(s, dtype=np.int64), np.zeros(t, dtype=np.int64)
+    owner, match = np.full(t, -1), np.full(s, -1)
+    for entering in range(s):
+        distance, before = np.full(t, np.iinfo(np.int64).max), np.full(t, entering)
+        done, rows, reach = np.zeros(t, dtype=bool), np.array([entering]), 0
+        while True:
+            reduced = cost[rows] - u[rows, None] - v + reach
+            nearest = reduced.argmin(0)
+            length = reduced[nearest, np.arange(t)]
+            nearer = ~done & (length < distance)
+            distance[nearer], before[nearer] = length[nearer], rows[nearest[nearer]]
+            reach = distance[~done].min()
+            columns = np.nonzero(~done & (distance == reach))[0]
+            free = columns[owner[columns] < 0]
+            if len(free):
+                break
+            done[columns], rows = True, owner[columns]
+        slack = reach - distance[done]
+        u[entering] += reach
+        u[owner[done]] += slack
+        v[done] -= slack
+        column, row = free[0], -1
+        while row != entering:
+            row = before[column]
+            owner[column], match[row], column = row, column, match[row]
     return match

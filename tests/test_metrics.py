@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -49,12 +50,47 @@ def test_hungarian_accuracy_is_scipys_matching(labels: tuple[list[int], list[int
     assert metrics.hungarian_accuracy(*labels) == expected
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (40, 40), (25, 130), (100, 101)])
-def test_assignment_costs_what_scipys_costs(shape: tuple[int, int]) -> None:
-    cost = torch.randint(0, 50, shape, generator=generator(0)).numpy()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (40, 40), (25, 130), (100, 101), (700, 700)])
+@pytest.mark.parametrize("most", [2, 50, 2**40])
+def test_assignment_costs_what_scipys_costs(shape: tuple[int, int], most: int) -> None:
+    cost = torch.randint(0, most, shape, generator=generator(0)).numpy()
     match = metrics._assignment(cost)
     assert len(set(match.tolist())) == shape[0]
     assert cost[np.arange(shape[0]), match].sum() == cost[linear_sum_assignment(cost)].sum()
+
+
+@given(labels=pairs)
+def test_sorted_pairs_are_those_of_a_table(labels: tuple[list[int], list[int]]) -> None:
+    a, b = torch.tensor(labels) * 3
+    table, pairs_ = metrics._contingency(a, b), metrics._sorted_contingency(a, b)
+    for one, other in zip((*table[:2], *table[2]), (*pairs_[:2], *pairs_[2]), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("k", [200, 5000, 2**31 - 1])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_many_clusters_in_a_narrow_dtype_are_scikit_learns(k: int, dtype: torch.dtype) -> None:
+    a, b = torch.randint(0, min(k, torch.iinfo(dtype).max), (2, 20_000), generator=generator(4))
+    a, b = a.to(dtype), torch.where(a % 3 > 0, a, b).to(dtype)
+    assert metrics.nmi(a, b) == pytest.approx(normalized_mutual_info_score(a, b), abs=1e-12)
+    assert metrics.ari(a, b) == pytest.approx(adjusted_rand_score(a, b), abs=1e-12)
+    table = contingency_matrix(b, a, sparse=True)
+    assert metrics.purity(a, b) == table.max(axis=0).sum() / len(a)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("metric", AGREEMENT)
+def test_a_gpu_is_waited_for_a_few_times_only(metric: Any) -> None:
+    a, b = torch.randint(0, 12, (2, 500), generator=generator(5)).cuda()
+    metric(a, b)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            metric(a, b)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) <= 10
 
 
 @pytest.mark.parametrize("metric", AGREEMENT)

@@ -11,12 +11,10 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from ..plots import BLUE, GREY, INK, ORANGE, PURPLE, RED, steps, style
 from .report import Row
 
-# Colours that stay apart for colour-blind eyes: Petroff, "Accessible color sequences", 2021.
-BLUE, ORANGE, RED, GREY, PURPLE = "#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"
 COLOURS = (BLUE, ORANGE, RED, GREY, PURPLE, "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
-INK, PALE = "#2b2b2b", "#e4e4e4"
 
 
 def colours_of(rows: Sequence[Row]) -> dict[str, str]:
@@ -128,8 +126,8 @@ def principal_plane(x: Tensor) -> np.ndarray[Any, Any]:
 def draw_repair(ax: Axes, row: Row) -> None:
     """Sizes of the clusters of one set of features, largest first, without and with repair of empty ones."""
     before, after = (_counts(row, name) for name in ("sizes_before_repair", "sizes_after_repair"))
-    _steps(ax, before, GREY, f"without repair: {(before == 0).sum()} of {len(before)} empty", filled=True)
-    _steps(ax, after, BLUE, f"with repair: {(after == 0).sum()} empty")
+    steps(ax, before, GREY, f"without repair: {(before == 0).sum()} of {len(before)} empty", filled=True)
+    steps(ax, after, BLUE, f"with repair: {(after == 0).sum()} empty")
     style(
         ax,
         "Empty clusters and their repair",
@@ -143,10 +141,10 @@ def draw_balance(ax: Axes, row: Row, released: Row | None) -> None:
     """How often an epoch draws from each cluster, beside the clusters' sizes."""
     order = np.argsort(-np.asarray(row.extras["sizes"]), kind="stable")
     sizes, drawn = (np.asarray(row.extras[name])[order] for name in ("sizes", "drawn"))
-    _steps(ax, sizes, GREY, "not balanced: the clusters' sizes", filled=True)
+    steps(ax, sizes, GREY, "not balanced: the clusters' sizes", filled=True)
     if released is not None:
-        _steps(ax, _counts(released, "drawn"), RED, "the released code's index mix-up (own run)")
-    _steps(ax, drawn, BLUE, "balanced: drawn by the loader")
+        steps(ax, _counts(released, "drawn"), RED, "the released code's index mix-up (own run)")
+    steps(ax, drawn, BLUE, "balanced: drawn by the loader")
     style(
         ax,
         "What DeepCluster learns from",
@@ -171,19 +169,3 @@ def draw_agreement(ax: Axes, row: Row) -> None:
 
 def _counts(row: Row, name: str) -> np.ndarray[Any, Any]:
     return np.sort(np.asarray(row.extras[name]))[::-1]
-
-
-def _steps(ax: Axes, heights: np.ndarray[Any, Any], colour: str, label: str, *, filled: bool = False) -> None:
-    ax.stairs(heights, color=colour, fill=filled, alpha=0.45 if filled else 1, linewidth=2.4, label=label)
-
-
-def style(ax: Axes, title: str, subtitle: str = "", x: str = "") -> None:
-    """The look that all panels share."""
-    ax.set_title(title, loc="left", fontsize=15, color=INK, weight="bold", pad=28)
-    ax.text(0, 1.02, subtitle, transform=ax.transAxes, fontsize=12, color="#5c5c5c")
-    ax.set_xlabel(x, fontsize=12, color=INK)
-    ax.tick_params(labelsize=12, labelcolor=INK, color=PALE)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(PALE)
-    ax.grid(color=PALE, linewidth=0.8)
-    ax.set_axisbelow(True)

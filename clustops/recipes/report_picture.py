@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ..plots import BLUE, INK, style
 from . import report_panels as panel
 from .report import Row
 from .training import Result
@@ -47,15 +48,15 @@ def draw_run(result: Result, title: str, path: Path) -> None:
     for axes, name in zip(panels.flat, names, strict=False):
         points = [(entry["step"], entry[name]) for entry in result.history if name in entry]
         points = points or [(0, result.accuracy)]
-        axes.plot(*zip(*points, strict=True), color=panel.BLUE, marker="o")
-        panel.style(axes, name.replace("_", " "), "", "step")
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o")
+        style(axes, name.replace("_", " "), "", "step")
     _save(figure, path)
 
 
 def _figure(title: str, width: float, height: float) -> Figure:
     layout = ConstrainedLayoutEngine(w_pad=0.25, h_pad=0.25)
     figure = Figure(figsize=(width, height), dpi=110, layout=layout)
-    figure.suptitle(title, fontsize=20, color=panel.INK, x=0.015, ha="left", weight="bold")
+    figure.suptitle(title, fontsize=20, color=INK, x=0.015, ha="left", weight="bold")
     return figure
 
 
