@@ -31,14 +31,16 @@ def build(folder: Path, program: str, *kernels: str, optimize: str = "-O1") -> P
     return built
 
 
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+def bytes_of(given: Tensor | list[int]) -> bytes:
+    if isinstance(given, Tensor):
+        return bytes(given.contiguous().view(torch.uint8).numpy().tobytes()) if given.numel() else b""
+    return np.array(given, np.int64).tobytes()
 
 
 class Results:
     """The results of one run with these arguments and inputs, taken from its output in order."""
 
-    def __init__(self, program: Path, arguments: list[object], *inputs: Tensor):
+    def __init__(self, program: Path, arguments: list[object], *inputs: Tensor | list[int]):
         command = [str(program), *map(str, arguments)]
         run = subprocess.run(command, input=b"".join(map(bytes_of, inputs)), capture_output=True, check=False)
         assert run.returncode == 0, run.stderr.decode()

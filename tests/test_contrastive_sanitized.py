@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitized import SANITIZED, UNOPTIMISED, build_for_addresses, build_for_threads
+from simt import DTYPES, Results, needs_compiler
 from support import RTOL, assert_close, generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from clustops.reference import contrastive_rows as reference
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Unoptimised: it compiles several times as fast, and the kernels see small shapes.
-FLAGS = ["-O0", "-ffp-contract=off"]
-
-
-def bytes_of(*given: Tensor) -> bytes:
-    each = (t.contiguous().view(torch.uint8).numpy().tobytes() for t in given if t.numel())
-    return b"".join(map(bytes, each))
+pytestmark = needs_compiler
 
 
 def check(
@@ -53,32 +43,27 @@ def check(
     every = by.contrastive_rows(*given, 0, n, *options)[1]
     oracles = by.contrastive_rows(*given, *part, *options)
     gradient = by.contrastive_rows_backward(upstream.double(), *given, every, *part, *options)
-    head = np.array([n, v, d, *part, DTYPES[dtype], norm, threads], np.int64).tobytes()
-    head += np.array([temperature, 0.2]).tobytes()
-    data = head + bytes_of(features, labels, confidence, upstream, every.to(wide))
-    result = subprocess.run([str(program)], input=data, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    left = result.stdout
+    sizes = [n, v, d, *part, DTYPES[dtype], norm, threads]
+    numbers = torch.tensor([temperature, 0.2], dtype=torch.float64)
+    inputs = features, labels, confidence, upstream, every.to(wide)
+    answer = Results(program, [], sizes, numbers, *inputs)
     scale = max(1.0, 0.07 / temperature)
     for oracle, found_in in [*((t, wide) for t in oracles), (gradient, dtype)]:
-        size = oracle.numel() * found_in.itemsize
-        taken, left = left[:size], left[size:]
-        if not size or n * v == 1:
+        found = answer.take(found_in, *oracle.shape).double()
+        if not found.numel() or n * v == 1:
             continue
-        found = torch.frombuffer(bytearray(taken), dtype=found_in).view(oracle.shape).double()
         if oracle is gradient:
             assert (found - oracle).abs().max() <= RTOL[
                 dtype
             ] * 10 * scale * upstream.abs().max() / temperature
         else:
             assert_close(found, oracle, found_in, scale)
-    assert not left
+    assert not answer.left
 
 
 @pytest.fixture(scope="module", params=SANITIZED)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, *FLAGS]
-    return build(tmp_path_factory.mktemp(request.param), "contrastive.cpp", *flags)
+    return build_for_addresses(tmp_path_factory.mktemp("build"), "contrastive", request.param, *UNOPTIMISED)
 
 
 @settings(max_examples=25)
@@ -105,8 +90,7 @@ def test_several_blocks_stay_in_bounds(program: Path, part: tuple[int, int]) -> 
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", *FLAGS]
-    program = build(tmp_path, "contrastive.cpp", *flags)
+    program = build_for_threads(tmp_path, "contrastive", *UNOPTIMISED)
     for temperature in (0.07, 0.01):
         for part in ((0, 230), (40, 150)):
             check(program, (230, 2, 9), part, torch.float32, temperature, threads=4)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitized import SANITIZED, UNOPTIMISED, build_for_addresses, build_for_threads
+from simt import DTYPES, Results, needs_compiler
 from support import assert_close, generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Unoptimised: it compiles several times as fast, and the kernels see small shapes.
-FLAGS = ["-O0", "-ffp-contract=off"]
+pytestmark = needs_compiler
 # Samples: first anchor, anchors, all; row, rows, column, columns of the block.
 ON_THE_DIAGONAL, ABOVE, OUTSIDE = (
     (2, 40, 45, 5, 20, 5, 37),
@@ -103,27 +99,18 @@ def check(
         zeros,
         numbers[1:],
     )
-    data = np.array(head, np.int64).tobytes() + b"".join(map(bytes_of, given))
-    result = subprocess.run([str(program)], input=data, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    left = result.stdout
+    answer = Results(program, [], head, *given)
     right = oracle(products.double(), w.double(), numbers.double(), place, views, scale, mirrored)
     for exact, found_in in zip(right, [*[torch.float64] * 4, dtype], strict=True):
-        size = exact.numel() * found_in.itemsize
-        taken, left = left[:size], left[size:]
-        found = torch.frombuffer(bytearray(taken), dtype=found_in).view(exact.shape)
-        assert_close(found, exact, dtype, scale=5)
-    assert not left
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        assert_close(answer.take(found_in, *exact.shape), exact, dtype, scale=5)
+    assert not answer.left
 
 
 @pytest.fixture(scope="module", params=SANITIZED)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, *FLAGS]
-    return build(tmp_path_factory.mktemp(request.param), "contrastive_weighted.cpp", *flags)
+    return build_for_addresses(
+        tmp_path_factory.mktemp("build"), "contrastive_weighted", request.param, *UNOPTIMISED
+    )
 
 
 @settings(max_examples=25)
@@ -150,8 +137,7 @@ def test_the_kernels_stay_in_bounds(
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", *FLAGS]
-    program = build(tmp_path, "contrastive_weighted.cpp", *flags)
+    program = build_for_threads(tmp_path, "contrastive_weighted", *UNOPTIMISED)
     for place in (ON_THE_DIAGONAL, ABOVE, OUTSIDE):
         for mirrored in (False, True):
             check(program, place, 2, torch.float32, torch.float32, mirrored, threads=4)

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitized import SANITIZED, build_for_addresses, build_for_threads
+from simt import DTYPES, Results, needs_compiler
 from support import generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
 from torch import Tensor
 
 from clustops.reference import kmeans_ops, kmeans_seeding
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+pytestmark = needs_compiler
 dtypes = st.sampled_from(list(DTYPES))
 EXACT = "-ffp-contract=off"
 
 
-class Results:
-    """What a program answers, taken in order."""
-
-    def __init__(self, program: Path, sizes: list[int], *inputs: Tensor) -> None:
-        data = np.array(sizes, dtype=np.int64).tobytes() + b"".join(
-            t.contiguous().view(torch.uint8).numpy().tobytes() for t in inputs if t.numel()
-        )
-        run = subprocess.run([str(program)], input=data, capture_output=True, check=False)
-        assert run.returncode == 0, run.stderr.decode()
-        self.left = run.stdout
-
-    def assert_next(self, expected: Tensor) -> None:
-        size = expected.numel() * expected.element_size()
-        taken, self.left = self.left[:size], self.left[size:]
-        if size:
-            found = torch.from_numpy(np.frombuffer(taken, np.uint8).copy()).view(expected.dtype)
-            torch.testing.assert_close(found.view(expected.shape), expected, rtol=0, atol=0)
+def assert_next(found: Results, expected: Tensor) -> None:
+    torch.testing.assert_close(found.take(expected.dtype, *expected.shape), expected, rtol=0, atol=0)
 
 
 def check_update(
@@ -53,11 +36,11 @@ def check_update(
     sums, counts = torch.zeros(b, 2, k, d + 1).double(), torch.zeros(b, k, dtype=torch.int64)
     kmeans_ops.sums_(sums, counts, x, labels, weights, grid)
     means, _ = kmeans_ops.means(sums, torch.zeros(b, k, d, dtype=kmeans_ops.accumulator(dtype)))
-    found = Results(program, [b, n, k, d, DTYPES[dtype], threads], x, weights, labels, before, grid)
+    found = Results(program, [], [b, n, k, d, DTYPES[dtype], threads], x, weights, labels, before, grid)
     for expected in (bounds, sums, counts, means):
-        found.assert_next(expected)
+        assert_next(found, expected)
     found.left = found.left[8 * b :]  # the shift
-    found.assert_next(kmeans_ops.counts(labels, weights, k))
+    assert_next(found, kmeans_ops.counts(labels, weights, k))
 
 
 def check_seeding(
@@ -86,16 +69,18 @@ def check_seeding(
     potentials, improves = kmeans_seeding.potentials(x, candidates, closest, of_entry, scale)
     lowered = closest.clone()
     kmeans_seeding.closest_(lowered, x, candidates[:, :1])
-    found = Results(program, [b, e, n, k, trials, d, DTYPES[dtype], threads], x, weights, uniform)
+    found = Results(program, [], [b, e, n, k, trials, d, DTYPES[dtype], threads], x, weights, uniform)
     for expected in (kmeans_seeding.seed(x, weights, uniform, k), potentials, improves, lowered):
-        found.assert_next(expected)
+        assert_next(found, expected)
 
 
 @pytest.fixture(scope="module", params=SANITIZED)
 def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp(request.param)
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, EXACT]
-    return build(folder, "kmeans_update.cpp", *flags), build(folder, "kmeans_seeding.cpp", *flags)
+    folder = tmp_path_factory.mktemp("build")
+    update, seeding = (
+        build_for_addresses(folder, f"kmeans_{name}", request.param, EXACT) for name in ("update", "seeding")
+    )
+    return update, seeding
 
 
 @settings(max_examples=10)
@@ -137,9 +122,7 @@ def test_seeding_stays_in_bounds(
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", EXACT]
-    update = build(tmp_path, "kmeans_update.cpp", *flags)
-    seeding = build(tmp_path, "kmeans_seeding.cpp", *flags)
+    update, seeding = (build_for_threads(tmp_path, f"kmeans_{name}", EXACT) for name in ("update", "seeding"))
     for b in (1, 5):
         check_update(update, b, 3000, 9, 70, torch.float32, 4, 0)
         check_seeding(seeding, b, 1, 3000, 7, 4, torch.float32, 4, 0)

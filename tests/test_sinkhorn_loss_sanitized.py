@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitized import SANITIZED, UNOPTIMISED, build_for_addresses, build_for_threads
+from simt import DTYPES, Results, needs_compiler
 from support import assert_close, generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
-from torch import Tensor
 
 from clustops.reference import sinkhorn_ops as reference
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Unoptimised: it compiles several times as fast, and the kernels see small shapes.
-FLAGS = ["-O0", "-ffp-contract=off"]
+pytestmark = needs_compiler
 TEMPERATURES = (0.1, 0.05)
-
-
-def bytes_of(given: Tensor | list[int]) -> bytes:
-    if isinstance(given, Tensor):
-        return bytes(given.contiguous().view(torch.uint8).numpy().tobytes()) if given.numel() else b""
-    return np.array(given, np.int64).tobytes()
 
 
 def check(
@@ -49,12 +38,9 @@ def check(
     views, of = (torch.randint(0, rows, (pairs,), generator=g).tolist() for rows in (v, a))
     upstream = torch.randn(pairs or v, b, generator=g).to(wide) * (torch.rand(b, generator=g) < 0.7)
     m, of_result = (torch.randn(p, n, n, generator=g).to(dtype) * s for s in (3 * scale, 1))
+    sizes = [v, a, b, k, pairs, DTYPES[dtype], DTYPES[target_dtype], threads]
     given = (scores, targets, bias, views, of, upstream, [p, n, n_iters], m, of_result)
-    head = bytes_of([v, a, b, k, pairs, DTYPES[dtype], DTYPES[target_dtype], threads])
-    data = head + b"".join(bytes_of(each) for each in given)
-    result = subprocess.run([str(program)], input=data, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    left = result.stdout
+    answer = Results(program, [], sizes, *given)
     exact = (scores.double(), targets.double(), bias.double())
     losses, of_scores, of_targets = reference.soft_cross_entropy(*exact, views, of, *TEMPERATURES)
     gradient = reference.soft_cross_entropy_backward(
@@ -64,20 +50,16 @@ def check(
     oracles.append((reference.sinkhorn_matrix(m.double(), n_iters), dtype))
     oracles.append((reference.sinkhorn_matrix_backward(of_result.double(), m.double(), n_iters), dtype))
     for i, (oracle, found_in) in enumerate(oracles):
-        size = oracle.numel() * found_in.itemsize
-        taken, left = left[:size], left[size:]
-        if size:
-            found = torch.frombuffer(bytearray(taken), dtype=found_in).view(oracle.shape).double()
-            if i == 3:
-                found = found * 0.1
+        found = answer.take(found_in, *oracle.shape).double()
+        if found.numel():
+            found = found * 0.1 if i == 3 else found
             assert_close(found, oracle, found_in, scale=1 if scale == 1 else 100)
-    assert not left
+    assert not answer.left
 
 
 @pytest.fixture(scope="module", params=SANITIZED)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, *FLAGS]
-    return build(tmp_path_factory.mktemp(request.param), "sinkhorn_loss.cpp", *flags)
+    return build_for_addresses(tmp_path_factory.mktemp("build"), "sinkhorn_loss", request.param, *UNOPTIMISED)
 
 
 @settings(max_examples=25)
@@ -116,8 +98,7 @@ def test_rows_longer_than_a_block_stay_in_bounds(program: Path) -> None:
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", *FLAGS]
-    program = build(tmp_path, "sinkhorn_loss.cpp", *flags)
+    program = build_for_threads(tmp_path, "sinkhorn_loss", *UNOPTIMISED)
     for pairs in (0, 2, 7):
         for scale in (1.0, 40.0):
             types = torch.float32, torch.bfloat16

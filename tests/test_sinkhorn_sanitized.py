@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sanitized import SANITIZED, UNOPTIMISED, build_for_addresses, build_for_threads
+from simt import DTYPES, Results, needs_compiler
 from support import assert_close, generator, seeds
-from test_sanitized import ADDRESS, COMPILER, SANITIZED, SETS, build
-from torch import Tensor
 
 from clustops.reference import sinkhorn_ops as reference
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Unoptimised: it compiles four times as fast, and the kernels see small shapes.
-FLAGS = ["-O0", "-ffp-contract=off"]
-
-
-def run(program: Path, sizes: list[int], epsilon: float, *inputs: Tensor) -> bytes:
-    data = np.array(sizes, np.int64).tobytes() + np.float64(epsilon).tobytes()
-    data += b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in inputs if t.numel())
-    result = subprocess.run([str(program)], input=data, capture_output=True, check=False)
-    assert result.returncode == 0, result.stderr.decode()
-    return result.stdout
+pytestmark = needs_compiler
 
 
 def check(
@@ -44,40 +31,33 @@ def check(
     weights = ((torch.rand(p, b, generator=g) + 0.1) * (torch.rand(p, b, generator=g) < 0.7)).to(wide)
     weighted, with_mass, hard = ("weights" in options, "mass" in options, "hard" in options)
     sizes = [p, b, k, n, DTYPES[dtype], 3, weighted, with_mass, hard, threads]
-    found = run(program, sizes, epsilon, scores, queue, *([weights] if weighted else []))
-
-    def take(dtype: torch.dtype, *shape: int) -> Tensor:
-        nonlocal found
-        size = torch.Size(shape).numel() * dtype.itemsize
-        taken, found = found[:size], found[size:]
-        return torch.frombuffer(bytearray(taken), dtype=dtype).view(shape) if size else torch.empty(shape)
-
-    potentials, plan = take(wide, p, k + with_mass), take(wide, p, b, k)
-    again, masses = take(dtype, p, b, k), take(wide, p, k + with_mass)
-    assert not found
+    given = [scores, queue, *([weights] if weighted else [])]
+    found = Results(program, [], sizes, torch.tensor([epsilon], dtype=torch.float64), *given)
+    potentials, plan = found.take(wide, p, k + with_mass), found.take(wide, p, b, k)
+    again, masses = found.take(dtype, p, b, k), found.take(wide, p, k + with_mass)
+    assert not found.left
     if epsilon < 0.05:  # exponents of which fp32 knows only the size
         assert not any(t.isnan().any() for t in (potentials, plan, again, masses))
         return
-    given = (scores, queue if n else None, weights if weighted else None)
+    exactly = (scores, queue if n else None, weights if weighted else None)
     mass = 0.5 if with_mass else None
     oracle = reference.sinkhorn_potentials(
-        given[0].double(),
-        None if given[1] is None else given[1].double(),
+        exactly[0].double(),
+        None if exactly[1] is None else exactly[1].double(),
         None,
-        None if given[2] is None else given[2].double(),
+        None if exactly[2] is None else exactly[2].double(),
         None, epsilon, 3, None, mass, None, None,
     )  # fmt: skip
     assert_close(potentials, oracle, wide)
     exact = reference.assign_from_potentials(scores, potentials, epsilon, hard, wide)
     assert_close(plan, exact, wide)
     assert_close(again, exact, dtype)
-    assert_close(masses, reference.column_log_mass(*given, potentials, epsilon, True), wide)
+    assert_close(masses, reference.column_log_mass(*exactly, potentials, epsilon, True), wide)
 
 
 @pytest.fixture(scope="module", params=SANITIZED)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    flags = [f"-DCLUSTOPS_ISA={request.param}", *SETS[request.param], *ADDRESS, *FLAGS]
-    return build(tmp_path_factory.mktemp(request.param), "sinkhorn.cpp", *flags)
+    return build_for_addresses(tmp_path_factory.mktemp("build"), "sinkhorn", request.param, *UNOPTIMISED)
 
 
 @settings(max_examples=25)
@@ -111,8 +91,7 @@ def test_rows_longer_than_a_chunk_stay_in_bounds(program: Path) -> None:
 
 
 def test_threads_do_not_race(tmp_path: Path) -> None:
-    flags = ["-fsanitize=thread", "-DCLUSTOPS_STD_THREADS", "-DCLUSTOPS_ISA=baseline", *FLAGS]
-    program = build(tmp_path, "sinkhorn.cpp", *flags)
+    program = build_for_threads(tmp_path, "sinkhorn", *UNOPTIMISED)
     for shape in ((1, 300, 70, 0), (1, 300, 70, 70), (5, 70, 9, 0), (1, 70, 4200, 0)):
         for epsilon in (0.05, 1e-4):
             check(program, shape, torch.float32, set(), 4, 0, epsilon)
