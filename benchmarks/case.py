@@ -32,11 +32,12 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Work:
-    """What one step must do at least: the floor is the slowest of the three at its measured rate."""
+    """What one step must do at least: the floor is the slowest of the four at its measured rate."""
 
     flops: float = 0.0
     exps: float = 0.0
     bytes: float = 0.0
+    reads: float = 0.0  # of single numbers anywhere in a table that no cache holds
     matmul: str = "fp32"  # the rate that bounds the flops where it was measured: "tf32" or "bf16"
 
 

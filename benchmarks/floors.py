@@ -14,7 +14,7 @@ from .case import Work
 
 @dataclass(frozen=True)
 class Floors:
-    """Measured rates a second: flops by ``"fp32"``, ``"tf32"`` or ``"bf16"``, ``"exp"``, ``"bytes"``."""
+    """Rates a second as measured: of flops ``"fp32"``, ``"tf32"``, ``"bf16"``; ``"exp"``, ``"bytes"``, ``"reads"``."""
 
     threads: int
     rates: dict[str, float]
@@ -23,7 +23,7 @@ class Floors:
     def of(self, work: Work) -> tuple[float, str]:
         """The least seconds that ``work`` takes, and the rate that says so."""
         matmul = work.matmul if work.matmul in self.rates else "fp32"
-        needs = {matmul: work.flops, "exp": work.exps, "bytes": work.bytes}
+        needs = {matmul: work.flops, "exp": work.exps, "bytes": work.bytes, "reads": work.reads}
         times = {name: amount / self.rates[name] for name, amount in needs.items() if name in self.rates}
         limit = max(times, key=lambda name: times[name])
         return times[limit], limit
@@ -31,11 +31,14 @@ class Floors:
 
 def amount(work: Work, limit: str) -> float:
     """How much of the limiting resource ``work`` needs."""
-    return {"exp": work.exps, "bytes": work.bytes}.get(limit, work.flops)
+    return {"exp": work.exps, "bytes": work.bytes, "reads": work.reads}.get(limit, work.flops)
 
 
 def measure_cpu(threads: int, seconds: float) -> Floors:
-    """FMA, bf16 tile, exp and stream rates by the extension's loops, or by torch where it was not built."""
+    """FMA, bf16 tile, exp and stream rates by the extension's loops, or by torch where it was not built.
+
+    Random reads are torch's gather from a table of 512 MB.
+    """
     from clustops.native import extension
 
     stream_bytes = 1 << 26
@@ -48,7 +51,8 @@ def measure_cpu(threads: int, seconds: float) -> Floors:
         tiles = extension.measure_matmul(seconds, threads) * 1e9
         if tiles > 0:
             rates["bf16"] = tiles
-        return Floors(threads, rates, "the extension's FMA, bf16 tile, exp and stream loops")
+        rates["reads"] = _reads(seconds)
+        return Floors(threads, rates, "the extension's FMA, bf16 tile, exp and stream loops, torch gather")
     a, b, c = torch.randn(3, 1024, 1024).unbind()
     x, y = torch.randn(2, 1 << 15).unbind()  # 256 KB: stays in the second-level cache
     source, target = torch.randn(2, stream_bytes // 8).unbind()
@@ -56,8 +60,16 @@ def measure_cpu(threads: int, seconds: float) -> Floors:
         "fp32": _rate(2 * 1024**3, lambda: torch.mm(a, b, out=c), seconds),
         "exp": _rate(x.numel(), lambda: torch.exp(x, out=y), seconds),
         "bytes": _rate(stream_bytes, lambda: target.copy_(source), seconds),
+        "reads": _reads(seconds),
     }
-    return Floors(threads, rates, "torch matmul, exp and copy, because the extension is absent")
+    return Floors(threads, rates, "torch matmul, exp, copy and gather, because the extension is absent")
+
+
+def _reads(seconds: float) -> float:
+    table = torch.ones(1 << 27, dtype=torch.int32)
+    index = torch.randint(table.numel(), (1 << 18,))
+    target = torch.empty(index.shape, dtype=torch.int32)
+    return _rate(index.numel(), lambda: torch.gather(table, 0, index, out=target), seconds)
 
 
 def _rate(units: float, run: Callable[[], object], seconds: float) -> float:

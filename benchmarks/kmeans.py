@@ -41,6 +41,8 @@ def cases(suite: str) -> list[Case]:
             lloyd("many Gaussian", gaussian, 2048, 64, 64, b=64, iterations=20, targets=MANY),
             seeding(100_000, 128, 64, {"scikit-learn kmeans_plusplus": both(7.0)}),
         ]
+    if suite == "big":
+        return []
     return [
         on_gpu("A bf16, mixture", mixture, 1_281_167, 256, 10_000, ms=11),
         on_gpu("A fp32, mixture", mixture, 1_281_167, 256, 10_000, ms=35, dtype=torch.float32),

@@ -114,7 +114,7 @@ def case_json(
         "error_name": case.error_name,
         "tolerance": case.tolerance,
         "target_seconds": case.target_seconds,
-        "work": {"flops": case.work.flops, "exps": case.work.exps, "bytes": case.work.bytes},
+        "work": {name: getattr(case.work, name) for name in ("flops", "exps", "bytes", "reads")},
         "floors": {mode: {"seconds": bound[0], "limit": bound[1]} for mode, bound in bounds.items()},
         "load_averages": result.loads,
         "failed": result.failed,

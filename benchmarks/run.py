@@ -25,7 +25,7 @@ from .measure import set_threads
 from .record import CaseResult, Mode, case_json, header
 
 OPS = ("kmeans", "sinkhorn", "contrastive", "sampler")
-SUITES = ("quick", "cpu", "cuda")
+SUITES = ("quick", "cpu", "big", "cuda")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -115,7 +115,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("--suite", choices=SUITES, default="quick", help="quick ends in a minute")
+    suites = "quick ends in a minute; big is a billion labels, in 12 GB of memory and 5 of disk"
+    add("--suite", choices=SUITES, default="quick", help=suites)
     add("--op", nargs="+", choices=OPS, default=list(OPS), help="all by default")
     add("--peers", nargs="+", metavar="NAME", default=[], help="only peers whose name contains one of these")
     add("--threads", type=int, default=cores, help="of the wall-clock pass; 1 leaves it out")

@@ -6,7 +6,7 @@ from typing import Any
 
 from .case import OURS
 
-UNITS = {"exp": "Gexp/s", "bytes": "GB/s"}
+UNITS = {"exp": "Gexp/s", "bytes": "GB/s", "reads": "Gread/s"}
 COLUMNS = ("", "median", "spread", "rate", "of floor", "faster", "target", "wall", "memory", "error")
 LINE = "  {:<32}{:>9} {:>6} {:>14} {:>8} {:>7} {:>12} {:>7} {:>9} {:>7}"
 

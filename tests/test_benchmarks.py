@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import contrastive, kmeans, measure, record, run, sampler, sinkhorn, table
+from benchmarks import contrastive, kmeans, measure, record, run, sampler, sampler_peers, sinkhorn, table
 from benchmarks.case import OURS, Case, Implementation, Inputs, Result, Run, Skip, Target, Work, both
 from benchmarks.contest import Setting, run_case
 from benchmarks.floors import Floors
@@ -20,7 +20,7 @@ from benchmarks.measure import Timing
 from benchmarks.record import CaseResult, Mode, Row
 
 ONE = Mode("1 thread", 1, "process_time")
-FLOORS = {"1 thread": Floors(1, {"fp32": 100e9, "exp": 1e9, "bytes": 10e9}, "a test")}
+FLOORS = {"1 thread": Floors(1, {"fp32": 100e9, "exp": 1e9, "bytes": 10e9, "reads": 50e6}, "a test")}
 MACHINE = {"instruction_sets": ["avx512f", "avx512_bf16"], "commit": "abc", "cpu": "test", "gpu": None}
 GPU_SH = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
 
@@ -110,11 +110,13 @@ def test_without_our_own_time_there_is_no_ratio():
     assert timed_case(timed("peer", 1.0)).ratios("1 thread") == {}
 
 
-def test_the_floor_is_the_slowest_of_arithmetic_exps_and_bytes():
+def test_the_floor_is_the_slowest_of_arithmetic_exps_bytes_and_reads():
     floors = FLOORS["1 thread"]
     assert floors.of(Work(flops=1e9, exps=1e6, bytes=1e6)) == (0.01, "fp32")
     assert floors.of(Work(flops=1e6, exps=1e9, bytes=1e6)) == (1.0, "exp")
     assert floors.of(Work(flops=1e6, exps=1e6, bytes=1e9)) == (0.1, "bytes")
+    assert floors.of(Work(bytes=1e6, reads=1e6)) == (0.02, "reads")
+    assert record.amount(Work(bytes=1e6, reads=1e3), "reads") == 1e3
 
 
 def test_a_gpu_case_is_bounded_by_its_own_matrix_rate_and_no_exp_rate():
@@ -340,10 +342,15 @@ ON_ANY_DEVICE = [
     contrastive.supcon(64, 16),
     contrastive.weighted(64, 16),
 ]
+LABELS = sampler.uneven(3000, 50)
 ON_THE_CPU = [
-    sampler.epoch(3000, 50, "as one tensor", sampler.TENSORS, None),
-    sampler.epoch(3000, 50, "as Python integers", sampler.ITERATORS, None),
-    sampler.first_index(3000, 50, None),
+    sampler.epoch(3000, 50, LABELS, "as one tensor", sampler.TENSORS),
+    sampler.epoch(3000, 50, LABELS, "as Python integers", sampler.ITERATORS),
+    sampler.first_index(3000, 50, LABELS),
+    sampler.members(3000, 50, LABELS),
+    sampler.resume(3000, 50, LABELS),
+    sampler.places(3000, 50, sampler.mapped(3000, 50)),
+    sampler.stream(3000, 50, sampler.mapped(3000, 50)),
 ]
 SMALL = [*ON_ANY_DEVICE, *ON_THE_CPU]
 OURS_SMALL = [pytest.param(case, "cpu", id=f"{case.name}, cpu") for case in SMALL] + [
@@ -377,6 +384,41 @@ def test_each_peer_agrees_with_fp64_on_small_shapes(case: Case, peer: Implementa
         answers_well(case, peer, "cpu")
     except ImportError as missing:
         pytest.skip(str(missing))
+
+
+def test_a_peer_that_cannot_take_the_labels_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampler_peers, "PART", 1 << 12)
+    labels = torch.zeros(1, dtype=torch.int32).expand(2**24 + 1)
+    case = replace(sampler.first_index(labels.numel(), 1, lambda generator: {"labels": labels}))
+    outcome = run_case(replace(case, implementations=case.implementations[1:]), setting()).skipped
+    assert outcome[sampler_peers.WEIGHTED].startswith("failed: RuntimeError: number of categories cannot")
+    assert "s to the first index, 1 GB of Python integers" in outcome[sampler_peers.PUBLISHED]
+
+
+def test_a_member_table_out_of_order_is_wrong():
+    case = sampler.members(3000, 50, LABELS)
+    inputs = case.make(torch.Generator().manual_seed(1))
+    table, offsets = case.implementations[0].build(inputs)()
+    for wrong in (table.flip(0), table[:-1], table[torch.tensor([1, 0, *range(2, 3000)])]):
+        assert case.error(inputs, 3000, (wrong, offsets)) > case.tolerance
+
+
+def test_the_mapped_labels_leave_no_file_and_no_cluster_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sampler.tempfile, "tempdir", str(tmp_path))
+    labels = sampler.mapped(3001, 70)(torch.Generator().manual_seed(2))["labels"]
+    assert not list(tmp_path.iterdir())
+    assert (labels.dtype, int(labels.bincount(minlength=70).min()) > 0) == (torch.int32, True)
+    sampler._file.cache_clear()
+    monkeypatch.setattr(sampler.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 15_000}))
+    with pytest.raises(Skip, match="GB"):
+        sampler.mapped(3001, 70)(torch.Generator().manual_seed(2))
+
+
+def test_the_big_suite_is_the_samplers_alone():
+    for op, module in MODULES.items():
+        assert bool(module.cases("big")) == (op == "sampler")
 
 
 def stub(folder: Path, name: str, script: str) -> None:
