@@ -14,7 +14,7 @@ from .case import Work
 
 @dataclass(frozen=True)
 class Floors:
-    """Rates a second as measured: of flops ``"fp32"``, ``"tf32"``, ``"bf16"``; ``"exp"``, ``"bytes"``, ``"reads"``."""
+    """Rates a second by name: flops "fp32", "tf32", "bf16", then "exp", "bytes" and random "reads"."""
 
     threads: int
     rates: dict[str, float]

@@ -407,13 +407,13 @@ def test_the_mapped_labels_leave_no_file_and_no_cluster_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sampler.tempfile, "tempdir", str(tmp_path))
-    labels = sampler.mapped(3001, 70)(torch.Generator().manual_seed(2))["labels"]
+    labels = sampler.mapped(3001, 1500)(torch.Generator().manual_seed(2))["labels"]
     assert not list(tmp_path.iterdir())
-    assert (labels.dtype, int(labels.bincount(minlength=70).min()) > 0) == (torch.int32, True)
+    assert (labels.dtype, int(labels.bincount(minlength=1500).min()) > 0) == (torch.int32, True)
     sampler._file.cache_clear()
     monkeypatch.setattr(sampler.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 15_000}))
     with pytest.raises(Skip, match="GB"):
-        sampler.mapped(3001, 70)(torch.Generator().manual_seed(2))
+        sampler.mapped(3001, 1500)(torch.Generator().manual_seed(2))
 
 
 def test_the_big_suite_is_the_samplers_alone():
