@@ -69,6 +69,11 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
         self._given = num_batches
         super().__init__(labels, seed=seed, num_replicas=num_replicas, rank=rank, drop_last=drop_last)
 
+    @property
+    def sampler(self) -> MPerClusterBatchSampler:
+        """This sampler: where trainers look for the ``set_epoch`` of a batch sampler."""
+        return self
+
     def batches(self, start: int, stop: int) -> Tensor:
         """Batches ``start`` to before ``stop`` of the global order: int64 ``[stop - start, P m]``."""
         check_count(start, "start", 0, "pass the number of a batch")

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,3 +102,8 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         mp.start_processes(_rank_main, (world, folder, function, args), nprocs=world, start_method="fork")
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
+
+
+def woven(parts: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """The order that ranks have drawn: of each step, the first item of each rank, the second of each, ..."""
+    return [item for step in zip(*parts, strict=False) for row in zip(*step, strict=True) for item in row]

@@ -1,1 +1,1 @@
-"""Training loops around the contrastive loss, one technique each: ``python -m clustops.examples.<name>``."""
+"""Training loops around one op, one technique or one trainer each: ``python -m clustops.examples.<name>``."""
