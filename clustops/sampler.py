@@ -119,7 +119,7 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
                 stop,
                 "go on in the next epoch: set_epoch",
             )
-        return self._take(torch.arange(start, stop))
+        return self._take(start, 1, stop - start)
 
     def quotas(self) -> Tensor:
         """``[K]`` int64: how often this epoch draws from each cluster; the sum is ``order_size``."""
@@ -157,9 +157,10 @@ class InverseClusterSizeSampler(ResumableSampler[int]):
             self._epoch_bounds = self.epoch, quota_bounds(self._cumulative, self.order_size, offset)
         return self._epoch_bounds[1]
 
-    def _take(self, positions: Tensor) -> Tensor:
-        result: Tensor = torch.ops.clustops.sampler_order(
-            positions, self.members, self.offsets, self._bounds(), self._seed(), self.epoch, self.replacement
+    def _take(self, start: int, step: int, count: int) -> Tensor:
+        table = self.members, self.offsets, self._bounds()
+        result: Tensor = torch.ops.clustops.sampler_range(
+            start, step, count, *table, self._seed(), self.epoch, self.replacement
         )
         return result
 

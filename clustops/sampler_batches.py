@@ -78,7 +78,7 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
         """Batches ``start`` to before ``stop`` of the global order: int64 ``[stop - start, P m]``."""
         check_count(start, "start", 0, "pass the number of a batch")
         check_count(stop, "stop", start, "pass a number from start on")
-        return self._take(torch.arange(start, stop))
+        return self._take(start, 1, stop - start)
 
     def _measure(self, counts: Tensor) -> None:
         clusters = counts.nonzero().flatten()
@@ -92,9 +92,9 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
         self._clusters = clusters
         self.order_size = int(self._given or max(int(counts.sum()) // self.batch_size, 1))
 
-    def _take(self, positions: Tensor) -> Tensor:
+    def _take(self, start: int, step: int, count: int) -> Tensor:
         result: Tensor = torch.ops.clustops.sampler_batches(
-            positions,
+            start + step * torch.arange(count),
             self.members,
             self.offsets,
             self._clusters,

@@ -123,14 +123,15 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
     def _items(self, start: int) -> Iterator[T_co]:
         table, world, share = self.members, self.num_replicas, self._share(start)
         for begin in range(0, share, _BLOCK):
-            steps = torch.arange(begin, min(begin + _BLOCK, share))
-            items = self._take(start + self.rank + world * steps).tolist()
-            for step, item in enumerate(items, begin + 1):
+            count = min(_BLOCK, share - begin)
+            items = self._take(start + self.rank + world * begin, world, count).tolist()
+            consumed = start + world * begin
+            for item in items:
                 if self.members is not table:
                     raise RuntimeError(
                         "the labels changed during iteration; start a new iteration after set_labels"
                     )
-                self._consumed = min(start + step * world, self.order_size)
+                self._consumed = consumed = consumed + world
                 yield item
 
     def _share(self, start: int) -> int:
@@ -145,7 +146,7 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         ahead of training: use torchdata's ``StatefulDataLoader``, or set ``consumed`` to the samples trained
         on, over all ranks.
         """
-        return {**self._identity(), "epoch": self.epoch, "consumed": self._consumed}
+        return {**self._identity(), "epoch": self.epoch, "consumed": min(self._consumed, self.order_size)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken, also with another number of ranks.
@@ -190,8 +191,8 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         """Set ``order_size`` and what else depends on cluster sizes; change nothing where they do not fit."""
 
     @abstractmethod
-    def _take(self, positions: Tensor) -> Tensor:
-        """Items at these positions of the global order."""
+    def _take(self, start: int, step: int, count: int) -> Tensor:
+        """Items at the positions start, start + step, .. of the global order."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:

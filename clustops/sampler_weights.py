@@ -192,7 +192,7 @@ def check_labels(labels: Any, name: str = "labels") -> Tensor:
 
 def largest_label(labels: Tensor) -> int:
     """The largest label, -1 if there is none; raise where a table of that many clusters makes no sense."""
-    largest = max((int(piece.long().max()) for piece in labels.split(1 << 24) if piece.numel()), default=-1)
+    largest = int(torch.ops.clustops.largest_label(labels))
     if largest > _LARGEST_LABEL:
         reject(
             "labels",

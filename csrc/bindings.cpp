@@ -71,6 +71,18 @@ clustops::Tensor view_of(const DLTensor& t) {
   return view;
 }
 
+// Labels may be integers of any kind, which no other kernel takes.
+clustops::Labels labels_of(const DLTensor& t) {
+  enum : uint8_t { kInt = 0, kUnsigned = 1 };
+  const auto [code, bits, lanes] = t.dtype;
+  const bool whole = (code == kInt || code == kUnsigned) && lanes == 1 && bits >= 8 && bits <= 64;
+  if (!whole || t.ndim != 1 || device_of(t) != clustops::Device::cpu) {
+    throw std::invalid_argument("labels must be one dimension of integers in host memory");
+  }
+  return {static_cast<char*>(t.data) + t.byte_offset, t.shape[0], t.strides ? t.strides[0] : 1, bits / 8,
+          code == kInt};
+}
+
 }  // namespace
 
 namespace pybind11::detail {
@@ -83,6 +95,17 @@ struct type_caster<clustops::Tensor> {
   bool load(handle source, bool) {
     if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
     value = view_of(*static_cast<const DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor")));
+    return true;
+  }
+};
+
+template <>
+struct type_caster<clustops::Labels> {
+  PYBIND11_TYPE_CASTER(clustops::Labels, const_name("dltensor"));
+
+  bool load(handle source, bool) {
+    if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
+    value = labels_of(*static_cast<const DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor")));
     return true;
   }
 };
@@ -362,6 +385,48 @@ void bind_sinkhorn_loss(py::module_& m) {
       [](const Tensor& m, const Maybe& gradient, const Tensor& result, int64_t n_iters, int threads) {
         cpu::kernels().sinkhorn_matrix(
             clustops::sinkhorn_matrix_arguments(m, pointer(gradient), result, n_iters, Device::cpu), threads);
+      },
+      release());
+}
+
+void bind_sampler(py::module_& m) {
+  using clustops::Labels;
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "largest_label",
+      [](const Labels& labels, int threads) { return cpu::kernels().largest_label(labels, threads); }, release());
+  m.def(
+      "count_members",
+      [](const Labels& labels, const Tensor& cursors, const Tensor& offsets, int threads) {
+        cpu::kernels().count_members(clustops::cluster_members_arguments(labels, cursors, offsets, nullptr), threads);
+      },
+      release());
+  m.def(
+      "place_members",
+      [](const Labels& labels, const Tensor& cursors, const Tensor& offsets, const Tensor& members, int threads) {
+        cpu::kernels().place_members(clustops::cluster_members_arguments(labels, cursors, offsets, &members), threads);
+      },
+      release());
+  m.def(
+      "sampler_order",
+      [](const Tensor& result, const Maybe& positions, int64_t start, int64_t step, const Tensor& members,
+         const Tensor& offsets, const Tensor& bounds, int64_t seed, int64_t epoch, const std::string& replacement,
+         int threads) {
+        cpu::kernels().sampler_order(
+            clustops::sampler_order_arguments(result, pointer(positions), start, step, members, offsets, bounds, seed,
+                                              epoch, replacement),
+            threads);
+      },
+      release());
+  m.def(
+      "sampler_batches",
+      [](const Tensor& result, const Tensor& batches, const Tensor& members, const Tensor& offsets,
+         const Tensor& clusters, int64_t clusters_per_batch, int64_t samples_per_cluster, int64_t seed, int64_t epoch,
+         int threads) {
+        cpu::kernels().sampler_batches(
+            clustops::sampler_batches_arguments(result, batches, members, offsets, clusters, clusters_per_batch,
+                                                samples_per_cluster, seed, epoch),
+            threads);
       },
       release());
 }
@@ -808,6 +873,7 @@ PYBIND11_MODULE(_kernels, m) {
   bind_sinkhorn_loss(m);
   bind_contrastive(m);
   bind_contrastive_weighted(m);
+  bind_sampler(m);
 #ifdef CLUSTOPS_WITH_CUDA
   bind_kmeans_assign_cuda(m);
   bind_kmeans_update_cuda(m);

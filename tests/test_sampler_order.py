@@ -83,6 +83,7 @@ def permuted(n: int, seed: int, epoch: int = 0) -> list[int]:
     return reference.slots_of(torch.arange(n), n, seed, epoch).tolist()
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("replacement", ["cover", "deepcluster", "always"])
 @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=6), total=st.integers(1, 90), seed=seeds)
 def test_the_order_is_the_written_rule(replacement: str, sizes: list[int], total: int, seed: int) -> None:
@@ -93,6 +94,7 @@ def test_the_order_is_the_written_rule(replacement: str, sizes: list[int], total
     assert list(sampler) == order_by_hand(labels, total, replacement, seed, 3, weights)
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_batches_are_the_written_rule() -> None:
     labels = [i % 7 if i % 7 < 5 else 2 for i in range(60)]
     sampler = MPerClusterBatchSampler(torch.tensor(labels), 2, 10, seed=9)
@@ -116,6 +118,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.usefixtures("cpu_path")
 @pytest.mark.parametrize("replacement", ["cover", "deepcluster", "always"])
 def test_version_1_of_the_order_is_frozen(replacement: str) -> None:
     labels = torch.arange(1000) ** 2 % 37 % 11
@@ -125,6 +128,7 @@ def test_version_1_of_the_order_is_frozen(replacement: str) -> None:
     assert (reference.VERSION, got) == (1, GOLDEN[replacement])
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_version_1_of_the_batches_is_frozen() -> None:
     sampler = MPerClusterBatchSampler(torch.arange(1000) ** 2 % 37 % 11, 2, 3, seed=2024)
     assert (reference.VERSION, sampler.batches(100, 102).tolist()) == (
@@ -242,6 +246,7 @@ def test_slots_beyond_two_to_the_31_are_the_written_rule(n: int, seed: int) -> N
     assert reference.slots_of(torch.tensor(positions), n, seed, 0).tolist() == expected
 
 
+@pytest.mark.usefixtures("cpu_path")
 def test_two_to_the_40_draws_need_no_list() -> None:
     sampler = InverseClusterSizeSampler(torch.tensor([0, 0, 1]), 2**40)
     tail = sampler.indices(2**40 - 1000, 2**40)

@@ -1,4 +1,4 @@
-"""clustops::cluster_members, clustops::sampler_order, clustops::sampler_batches."""
+"""clustops::largest_label, cluster_members, sampler_order, sampler_range, sampler_batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from ..reference import sampler as reference
-from . import register
+from . import extension, register
+from . import sampler_cpu as cpu
+
+
+def _fake_largest(labels: Tensor) -> Tensor:
+    return labels.new_empty((), dtype=torch.int64)
 
 
 def _fake_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +32,20 @@ def _fake_order(
     return positions.new_empty(positions.shape)
 
 
+def _fake_range(
+    start: int,
+    step: int,
+    count: int,
+    members: Tensor,
+    offsets: Tensor,
+    bounds: Tensor,
+    seed: int,
+    epoch: int,
+    replacement: str,
+) -> Tensor:
+    return offsets.new_empty(count)
+
+
 def _fake_batches(
     batches: Tensor,
     members: Tensor,
@@ -40,20 +59,38 @@ def _fake_batches(
     return batches.new_empty(batches.shape[0], clusters_per_batch * samples_per_cluster)
 
 
+_cpu = hasattr(extension, "sampler_order")
+
+register(
+    "largest_label(Tensor labels) -> Tensor",
+    reference=reference.largest_label,
+    fake=_fake_largest,
+    cpu=cpu.largest_label if _cpu else None,
+)
 register(
     "cluster_members(Tensor labels, int k) -> (Tensor members, Tensor offsets)",
     reference=reference.cluster_members,
     fake=_fake_members,
+    cpu=cpu.cluster_members if _cpu else None,
 )
 register(
     "sampler_order(Tensor positions, Tensor members, Tensor offsets, Tensor bounds, int seed, int epoch, "
     "str replacement) -> Tensor",
     reference=reference.sampler_order,
     fake=_fake_order,
+    cpu=cpu.sampler_order if _cpu else None,
+)
+register(
+    "sampler_range(int start, int step, SymInt count, Tensor members, Tensor offsets, Tensor bounds, "
+    "int seed, int epoch, str replacement) -> Tensor",
+    reference=reference.sampler_range,
+    fake=_fake_range,
+    cpu=cpu.sampler_range if _cpu else None,
 )
 register(
     "sampler_batches(Tensor batches, Tensor members, Tensor offsets, Tensor clusters, "
     "int clusters_per_batch, int samples_per_cluster, int seed, int epoch) -> Tensor",
     reference=reference.sampler_batches,
     fake=_fake_batches,
+    cpu=cpu.sampler_batches if _cpu else None,
 )

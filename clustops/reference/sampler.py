@@ -237,6 +237,22 @@ def sampler_order(
     return result
 
 
+def sampler_range(
+    start: int,
+    step: int,
+    count: int,
+    members: Tensor,
+    offsets: Tensor,
+    bounds: Tensor,
+    seed: int,
+    epoch: int,
+    replacement: str,
+) -> Tensor:
+    """``sampler_order`` of the positions start, start + step, ..: int64 ``[count]``."""
+    positions = start + step * torch.arange(count, device=members.device)
+    return sampler_order(positions, members, offsets, bounds, seed, epoch, replacement)
+
+
 def sampler_batches(
     batches: Tensor,
     members: Tensor,
@@ -275,6 +291,15 @@ def sampler_batches(
     t = tweak(cluster, passes.unsqueeze(2) * samples_per_cluster + again, key)
     index = offsets[cluster] + permute(j - again * n, n.expand_as(j), t, key)
     return members[index].long().flatten(1)
+
+
+def largest_label(labels: Tensor) -> Tensor:
+    """The largest of ``[N]`` integers, -1 if there is none above: int64 ``[]``."""
+    largest = torch.tensor(-1, device=labels.device)
+    for chunk in labels.split(_LABELS_CHUNK):
+        if chunk.numel():
+            largest = torch.maximum(largest, chunk.long().max())
+    return largest
 
 
 def cluster_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,12 @@
 
 namespace clustops {
 
-// A uniform number in [0, 1) with 53 random bits for a position of a stream.
-CLUSTOPS_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint64_t stream, uint64_t position) {
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// Four random words for a position of a stream.
+CLUSTOPS_HOST_DEVICE inline PhiloxWords philox(uint64_t seed, uint64_t stream, uint64_t position) {
   uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32);
   uint32_t c2 = static_cast<uint32_t>(stream), c3 = static_cast<uint32_t>(stream >> 32);
   uint32_t low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
@@ -18,7 +22,13 @@ CLUSTOPS_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint64_t stream
     c0 = h1 ^ c1 ^ low, c1 = static_cast<uint32_t>(p1), c2 = h0 ^ c3 ^ high, c3 = static_cast<uint32_t>(p0);
     low += 0x9E3779B9u, high += 0xBB67AE85u;
   }
-  const uint64_t bits = static_cast<uint64_t>(c0 >> 5) * 67108864u + (c1 >> 6);
+  return {{c0, c1, c2, c3}};
+}
+
+// A uniform number in [0, 1) with 53 random bits for a position of a stream.
+CLUSTOPS_HOST_DEVICE inline double philox_uniform(uint64_t seed, uint64_t stream, uint64_t position) {
+  const PhiloxWords w = philox(seed, stream, position);
+  const uint64_t bits = static_cast<uint64_t>(w.word[0] >> 5) * 67108864u + (w.word[1] >> 6);
   return static_cast<double>(bits) * 0x1p-53;
 }
 

@@ -10,6 +10,7 @@
 #include "../common/kmeans_iterate.h"
 #include "../common/kmeans_seeding.h"
 #include "../common/kmeans_update.h"
+#include "../common/sampler.h"
 #include "../common/sinkhorn.h"
 #include "../common/sinkhorn_loss.h"
 #include "../common/sinkhorn_matrix.h"
@@ -45,6 +46,12 @@ struct Kernels {
   void (*contrastive_rows_backward)(const ContrastiveBackward& problem, int threads);
   void (*weighted_sums)(const WeightedSums& problem, int threads);
   void (*weighted_gradient)(const WeightedGradient& problem, int threads);
+
+  int64_t (*largest_label)(const Labels& labels, int threads);  // -1 where there is none
+  void (*count_members)(const ClusterMembers& problem, int threads);
+  void (*place_members)(const ClusterMembers& problem, int threads);
+  void (*sampler_order)(const SamplerOrder& problem, int threads);
+  void (*sampler_batches)(const SamplerBatches& problem, int threads);
 
   // Ceilings of this machine, against which benchmarks hold a kernel.
   double (*measure_fma)(double seconds, int threads);                    // GFLOP/s

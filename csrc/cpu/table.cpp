@@ -28,6 +28,11 @@ void contrastive_rows(const ContrastiveForward& problem, int threads);
 void contrastive_rows_backward(const ContrastiveBackward& problem, int threads);
 void weighted_sums(const WeightedSums& problem, int threads);
 void weighted_gradient(const WeightedGradient& problem, int threads);
+int64_t largest_label(const Labels& labels, int threads);
+void count_members(const ClusterMembers& problem, int threads);
+void place_members(const ClusterMembers& problem, int threads);
+void sampler_order(const SamplerOrder& problem, int threads);
+void sampler_batches(const SamplerBatches& problem, int threads);
 double measure_fma(double seconds, int threads);
 double measure_matmul(double seconds, int threads);
 double measure_exp(double seconds, int threads);
@@ -58,6 +63,11 @@ const Kernels table = {kmeans_assign_workspace,
                        contrastive_rows_backward,
                        weighted_sums,
                        weighted_gradient,
+                       largest_label,
+                       count_members,
+                       place_members,
+                       sampler_order,
+                       sampler_batches,
                        measure_fma, measure_matmul,
                        measure_exp,
                        measure_stream};
