@@ -104,6 +104,13 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
         return [torch.load(f"{folder}/{r}.pt", weights_only=False) for r in range(world)]
 
 
+def tell_trainers(rank: int, world: int) -> None:
+    """What torchrun puts into the environment of a rank; for a process of ``run_ranks``, which has its group."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ.update({name: str(number) for name, number in ranks.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
 def woven(parts: Sequence[Sequence[Sequence[int]]]) -> list[int]:
     """The order that ranks have drawn: of each step, the first item of each rank, the second of each, ..."""
     return [item for step in zip(*parts, strict=False) for row in zip(*step, strict=True) for item in row]
