@@ -105,7 +105,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]
 
 
 def tell_trainers(rank: int, world: int) -> None:
-    """What torchrun puts into the environment of a rank; for a process of ``run_ranks``, which has its group."""
+    """What torchrun puts into the environment of a rank, for a process of ``run_ranks``."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ.update({name: str(number) for name, number in ranks.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
