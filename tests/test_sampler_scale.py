@@ -141,7 +141,7 @@ table, piece = 4 * n, 200 * 2**20
 limit = now * 1024 + table + piece
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    np.array(labels), np.empty(piece, np.uint8)
+    np.empty(table + piece + 2**22, np.uint8)
     print("the limit does not hold")
 except MemoryError:
     pass
