@@ -55,6 +55,7 @@ def test_an_epoch_of_more_samples_than_torch_can_weigh(clusters: int) -> None:
     assert bool(seen.all())
 
 
+@pytest.mark.slow
 def test_as_many_clusters_as_samples_beyond_two_to_the_24() -> None:
     n = 2**24 + 3
     sampler = InverseClusterSizeSampler(torch.arange(n, dtype=torch.int32))
@@ -141,7 +142,7 @@ table, piece = 4 * n, 200 * 2**20
 limit = now * 1024 + table + piece
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 try:
-    np.empty(table + piece + 2**22, np.uint8)
+    np.empty(table + piece + 2**25, np.uint8)
     print("the limit does not hold")
 except MemoryError:
     pass
