@@ -98,6 +98,7 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         self._measure(offsets.diff())
         self.members, self.offsets = members, offsets
         self._hash: str | None = None
+        self._order = object()
         self._start = self._consumed = 0
         self.num_samples = self._share(0)
         self.total_size = self.num_samples * self.num_replicas
@@ -108,6 +109,7 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         if epoch >= 2**48:
             reject("epoch", "below 2^48", epoch, "pass the number of the epoch")
         if epoch != self.epoch:
+            self._order = object()
             self._start = self._consumed = 0
         self.epoch = int(epoch)
 
@@ -116,20 +118,22 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         return self.num_samples
 
     def __iter__(self) -> Iterator[T_co]:
-        start, self._start = self._start, 0
-        self._consumed = start
-        return self._items(start)
+        self._consumed = self._start
+        return self._items()
 
-    def _items(self, start: int) -> Iterator[T_co]:
-        table, world, share = self.members, self.num_replicas, self._share(start)
+    def _items(self) -> Iterator[T_co]:
+        # From the first item on: Lightning calls iter(loader) before set_epoch.
+        start, self._start = self._start, 0
+        order, world, share = self._order, self.num_replicas, self._share(start)
         for begin in range(0, share, _BLOCK):
             count = min(_BLOCK, share - begin)
             items = self._take(start + self.rank + world * begin, world, count).tolist()
             consumed = start + world * begin
             for item in items:
-                if self.members is not table:
+                if self._order is not order:
                     raise RuntimeError(
-                        "the labels changed during iteration; start a new iteration after set_labels"
+                        "the epoch or the labels changed during iteration; start anew after set_epoch "
+                        "and set_labels"
                     )
                 self._consumed = consumed = consumed + world
                 yield item

@@ -206,6 +206,27 @@ def test_any_number_of_kills_loses_and_repeats_nothing(make: Any, runs: list[tup
     assert_whole(make, trained_in(make, runs), 4)
 
 
+@pytest.mark.parametrize("make", [by_index, by_batch])
+def test_labels_and_epoch_count_that_are_set_after_iter(make: Any) -> None:
+    sampler, expected = make(), make()
+    sampler.load_state_dict({**sampler.state_dict(), "consumed": sampler.order_size})
+    iterator = iter(sampler)
+    for each in (sampler, expected):
+        each.set_labels(labels_of(1))
+        each.set_epoch(1)
+    assert list(iterator) == list(expected)
+
+
+@pytest.mark.parametrize("make", [by_index, by_batch])
+def test_an_epoch_that_changes_between_two_items_is_an_error(make: Any) -> None:
+    sampler = make()
+    iterator = iter(sampler)
+    next(iterator)
+    sampler.set_epoch(1)
+    with pytest.raises(RuntimeError, match="the epoch or the labels changed"):
+        next(iterator)
+
+
 class Numbers(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
