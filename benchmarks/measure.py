@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .case import Inputs, Result, Run
 
-POISON = -(2**61) - 7  # no index, label or count is ever this
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -101,16 +99,21 @@ def poison(result: Result, inputs: Inputs) -> None:
     kept = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
     for tensor in result:
         if tensor.untyped_storage().data_ptr() not in kept:
-            tensor.detach().fill_(float("nan") if tensor.is_floating_point() else POISON)
+            tensor.detach().fill_(_poison(tensor))
 
 
 def unwritten(result: Result) -> bool:
     """Whether an element still holds the poison."""
 
     def bad(tensor: Tensor) -> Tensor:
-        return tensor.isnan().any() if tensor.is_floating_point() else (tensor == POISON).any()
+        return tensor.isnan().any() if tensor.is_floating_point() else (tensor == _poison(tensor)).any()
 
     return any(bool(bad(tensor.detach())) for tensor in result)
+
+
+def _poison(tensor: Tensor) -> float:
+    """No index, label or count is ever this."""
+    return float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min + 7
 
 
 @dataclass(frozen=True)

@@ -215,12 +215,13 @@ def test_a_peer_that_breaks_while_timed_drops_out_alone():
 
 def test_unwritten_elements_are_found_and_inputs_are_never_poisoned():
     inputs = {"x": torch.ones(4)}
-    result = (inputs["x"][1:], torch.ones(3), torch.arange(3))
+    result = (inputs["x"][1:], torch.ones(3), torch.arange(3), torch.arange(3).int())
     assert not measure.unwritten(result)
     measure.poison(result, inputs)
     assert inputs["x"].tolist() == [1.0] * 4
     assert measure.unwritten(result[1:2])
-    assert measure.unwritten(result[2:])
+    assert measure.unwritten(result[2:3])
+    assert measure.unwritten(result[3:])
     assert not measure.unwritten(result[:1])
 
 
