@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 def build(folder: Path, program: str, *kernels: str, optimize: str = "-O1") -> Path:
     """The program of ``native/<program>.cpp`` with the kernels of ``csrc/cuda/<name>``."""
     built = folder / program
-    flags = ["-std=c++17", optimize, "-g", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
+    flags = ["-std=c++17", optimize, "-g1", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [TESTS / "native" / f"{program}.cpp", *(CUDA / name for name in kernels)]
     subprocess.run(

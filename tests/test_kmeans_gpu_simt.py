@@ -3,15 +3,13 @@ undefined-behaviour sanitizers, in three orders of the threads of a block."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simt import DTYPES, Results, build, needs_compiler
 from support import generator, seeds
 from torch import Tensor
 
@@ -20,12 +18,7 @@ from clustops.reference import kmeans_seeding as seeding
 from clustops.reference import kmeans_split as splitting
 from clustops.reference.kmeans_iterate import iterate
 
-TESTS = Path(__file__).parent
-CUDA = TESTS.parent / "csrc" / "cuda"
-COMPILER = shutil.which("g++")
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+pytestmark = needs_compiler
 dtypes = st.sampled_from(list(DTYPES))
 orders = st.integers(0, 2)
 few = settings(max_examples=12)
@@ -33,41 +26,14 @@ few = settings(max_examples=12)
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    built = tmp_path_factory.mktemp("simt") / "kmeans_gpu"
-    flags = ["-std=c++17", "-O1", "-g", "-w", "-DCLUSTOPS_SIMT", f"-I{TESTS / 'native'}"]
-    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    sources = [TESTS / "native" / "kmeans_gpu.cpp", *(CUDA / name for name in SOURCES)]
-    subprocess.run(
-        [str(COMPILER), *flags, *sanitize, "-x", "c++", *map(str, sources), "-o", str(built)], check=True
-    )
-    return built
+    kernels = (f"kmeans_{part}.cu" for part in ("update", "seeding", "split", "tiny"))
+    return build(tmp_path_factory.mktemp("simt"), "kmeans_gpu", *kernels)
 
 
-SOURCES = ["kmeans_update.cu", "kmeans_seeding.cu", "kmeans_split.cu", "kmeans_tiny.cu"]
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-
-
-class Results:
-    """The results of one run, taken from its output in order."""
-
-    def __init__(
-        self, program: Path, operation: str, order: int, dtype: torch.dtype, sizes: list[int], *inputs: Tensor
-    ):
-        command = [str(program), operation, *(str(s) for s in (order, DTYPES[dtype], *sizes))]
-        run = subprocess.run(command, input=b"".join(map(bytes_of, inputs)), capture_output=True, check=False)
-        assert run.returncode == 0, run.stderr.decode()
-        self.left = run.stdout
-
-    def take(self, dtype: torch.dtype, *shape: int) -> Tensor:
-        room = torch.empty(shape, dtype=dtype)
-        size = room.numel() * room.element_size()
-        taken, self.left = self.left[:size], self.left[size:]
-        if not size:
-            return room
-        return torch.from_numpy(np.frombuffer(taken, np.uint8).copy()).view(dtype).view(shape)
+def run(
+    program: Path, operation: str, order: int, dtype: torch.dtype, sizes: list[int], *inputs: Tensor
+) -> Results:
+    return Results(program, [operation, order, DTYPES[dtype], *sizes], *inputs)
 
 
 def assert_bits(actual: Tensor, expected: Tensor) -> None:
@@ -102,7 +68,7 @@ def test_bounds_are_the_reference_s(
     program: Path, b: int, n: int, d: int, dtype: torch.dtype, order: int, seed: int
 ) -> None:
     x, weights = draw(b, min(n, 300 if d > 3 else n), d, dtype, seed)
-    found = Results(program, "bounds", order, dtype, [*x.shape], x, weights)
+    found = run(program, "bounds", order, dtype, [*x.shape], x, weights)
     assert_bits(found.take(torch.float64, b, d + 1), ops.bounds(x, weights))
 
 
@@ -111,7 +77,7 @@ def test_bounds_show_nan_and_infinity_only_of_rows_with_a_weight(program: Path) 
     x[0, 3, 0], x[0, 4, 1], x[0, 5, 2] = torch.nan, -torch.inf, torch.nan
     weights = torch.ones(1, 40, dtype=torch.float64)
     weights[0, 5] = 0
-    found = Results(program, "bounds", 0, x.dtype, [1, 40, 3], x, weights).take(torch.float64, 1, 4)
+    found = run(program, "bounds", 0, x.dtype, [1, 40, 3], x, weights).take(torch.float64, 1, 4)
     assert_bits(found, ops.bounds(x, weights))
     assert bool(found[0, 0].isnan())
     assert float(found[0, 1]) == torch.inf
@@ -132,7 +98,7 @@ def add(
 ) -> tuple[Tensor, Tensor]:
     (b, n, d), k = x.shape, into[1].shape[1]
     inputs = [x, weights, labels, *([] if before is None else [before]), grid_of(x, weights), *into]
-    found = Results(program, "sums", order, x.dtype, [b, n, d, k, int(before is not None)], *inputs)
+    found = run(program, "sums", order, x.dtype, [b, n, d, k, int(before is not None)], *inputs)
     return found.take(torch.float64, b, 2, k, d + 1), found.take(torch.int64, b, k)
 
 
@@ -210,7 +176,7 @@ def test_rows_that_moved_turn_the_sums_of_old_labels_into_those_of_new_ones(
 def test_counts_are_the_reference_s(program: Path, b: int, n: int, k: int, order: int, seed: int) -> None:
     labels = labels_of(b, n, k, seed)
     _, weights = draw(b, n, 1, torch.float32, seed)
-    found = Results(program, "counts", order, torch.float32, [b, n, k], labels, weights)
+    found = run(program, "counts", order, torch.float32, [b, n, k], labels, weights)
     assert_bits(found.take(torch.int64, b, k), ops.counts(labels, weights, k))
 
 
@@ -229,7 +195,7 @@ def test_means_are_the_reference_s_and_the_shift_is_their_distance(
     x, weights = draw(b, 40, d, dtype, seed)
     total, _ = reference_sums(x, labels_of(b, 40, k, seed), weights, k)
     previous = torch.randn(b, k, d, generator=generator(seed)).to(dtype)
-    found = Results(program, "means", order, dtype, [b, k, d], total, previous)
+    found = run(program, "means", order, dtype, [b, k, d], total, previous)
     means, shift = ops.means(total, previous)
     assert_bits(found.take(dtype, b, k, d), means)
     torch.testing.assert_close(found.take(torch.float64, b), shift, rtol=1e-12, atol=0)
@@ -273,7 +239,7 @@ def test_potentials_and_improvements_are_exact_on_whole_numbers(
     weights = torch.randint(0, 3, (e, n), generator=g).double() / 2
     scale = 2.0 ** torch.randint(0, 9, (e,), generator=g).double()
     inputs = (x, candidates, closest, weights, scale)
-    found = Results(program, "potentials", order, dtype, [b, n, d, e, t], *inputs)
+    found = run(program, "potentials", order, dtype, [b, n, d, e, t], *inputs)
     exact = squares(x.repeat_interleave(restarts, 0), candidates)
     nearer = exact < closest.unsqueeze(-1)
     left = torch.where(nearer, exact, closest.unsqueeze(-1).double())
@@ -311,7 +277,7 @@ def test_the_closest_distance_is_lowered_where_it_may_be(
     improves = torch.randint(-(2**31), 2**31, (e, n), generator=g, dtype=torch.int32)
     chosen = torch.randint(0, 32, (e,), generator=g)
     inputs = (before, x, centroid, *((improves, chosen) if masked else ()))
-    found = Results(program, "closest", order, dtype, [b, n, d, e, int(masked)], *inputs)
+    found = run(program, "closest", order, dtype, [b, n, d, e, int(masked)], *inputs)
     exact = squares(x.repeat_interleave(restarts, 0), centroid)[..., 0].to(wide)
     looked_at = ((improves >> chosen.unsqueeze(1)) & 1 == 1) | (not masked)
     assert_bits(found.take(wide, e, n), torch.where(looked_at & (exact < before), exact, before))
@@ -336,14 +302,14 @@ def test_a_start_is_the_reference_s(
     weights = torch.rand(b, n, generator=g, dtype=torch.float64) * torch.randint(0, 2, (b, n), generator=g)
     weights[:, -1] = 1
     uniform = torch.rand(e, k * t, generator=g, dtype=torch.float64)
-    found = Results(program, "seed", order, dtype, [b, n, d, e, k, t], x, weights, uniform)
+    found = run(program, "seed", order, dtype, [b, n, d, e, k, t], x, weights, uniform)
     assert_bits(found.take(torch.int64, e, k), seeding.seed(x, weights, uniform, k))
 
 
 def test_the_first_row_fills_up_where_nothing_is_left_to_draw(program: Path) -> None:
     x = torch.tensor([[[1.0], [3.0], [1.0], [3.0]]])
     uniform = torch.rand(1, 8, generator=generator(0), dtype=torch.float64)
-    found = Results(program, "seed", 2, x.dtype, [1, 4, 1, 1, 4, 2], x, torch.ones(1, 4).double(), uniform)
+    found = run(program, "seed", 2, x.dtype, [1, 4, 1, 1, 4, 2], x, torch.ones(1, 4).double(), uniform)
     chosen = found.take(torch.int64, 1, 4)
     assert torch.equal(chosen, seeding.seed(x, torch.ones(1, 4).double(), uniform, 4))
     assert chosen[0, 2:].tolist() == [int(chosen[0, 0])] * 2
@@ -363,7 +329,7 @@ def assert_iterates(
     (b, n, d), (e, k, _) = x.shape, centroids.shape
     grid = grid_of(x, weights)
     sizes = [b, n, d, e, k, iterations, int(cosine), int(empty == "split"), seed]
-    found = Results(program, "iterate", order, x.dtype, sizes, x, weights, grid, centroids)
+    found = run(program, "iterate", order, x.dtype, sizes, x, weights, grid, centroids)
     expected = iterate(x, centroids, weights, grid, iterations, cosine, empty, seed)
     assert_bits(found.take(torch.float32, e, k, d), expected[0])
     assert_bits(found.take(torch.int64, e, n), expected[1])
@@ -465,7 +431,7 @@ def test_iterations_on_the_sphere_agree_up_to_the_rounding_of_a_norm(
     centroids = x[:, torch.randint(0, n, (k,), generator=g)]
     weights = torch.ones(1, n, dtype=torch.float64)
     sizes = [1, n, d, 1, k, 2, 1, int(empty == "split"), seed]
-    found = Results(program, "iterate", order, x.dtype, sizes, x, weights, grid_of(x, weights), centroids)
+    found = run(program, "iterate", order, x.dtype, sizes, x, weights, grid_of(x, weights), centroids)
     expected = iterate(x, centroids, weights, grid_of(x, weights), 2, True, empty, seed)
     torch.testing.assert_close(found.take(torch.float32, 1, k, d), expected[0], rtol=1e-6, atol=1e-6)
     assert_bits(found.take(torch.int64, 1, n), expected[1])
@@ -488,7 +454,7 @@ def test_extreme_members_are_the_reference_s(
     _, weights = draw(b, n, 1, torch.float32, seed)
     score = torch.randint(-3, 4, (b, n), generator=generator(seed)).to(dtype) / 3
     sizes = [b, n, k, 1000, int(last)]
-    found = Results(program, "members", order, dtype, sizes, score, labels, weights)
+    found = run(program, "members", order, dtype, sizes, score, labels, weights)
     best = splitting.highest(score, labels, weights, k)
     assert_bits(found.take(dtype, b, k), best)
     assert_bits(found.take(torch.int64, b, k), splitting.places(score, labels, weights, best, 1000, last))
@@ -521,7 +487,7 @@ def test_splits_are_the_reference_s_bit_for_bit(
     equal = torch.randint(0, 3, (e, k, 1), generator=g) == 0
     farthest = torch.where(equal, means, (means + torch.randn(e, k, d, generator=g)).to(dtype))
     counts = torch.randint(0, 4, (e, k), generator=g)
-    found = Results(program, "split", order, dtype, [e, k, d, restarts, 7, seed], means, farthest, counts)
+    found = run(program, "split", order, dtype, [e, k, d, restarts, 7, seed], means, farthest, counts)
     centroids, child = splitting.split(means, farthest, counts, seed, restarts, 7)
     assert_bits(found.take(dtype, e, k, d), centroids)
     assert_bits(found.take(torch.int64, e, k), child)
@@ -530,7 +496,7 @@ def test_splits_are_the_reference_s_bit_for_bit(
 def test_a_split_whose_step_is_lost_in_rounding_goes_the_whole_way(program: Path) -> None:
     means = torch.full((1, 2, 1), 1e6)
     farthest, counts = means + 0.0625, torch.tensor([[2, 0]])
-    found = Results(program, "split", 0, torch.float32, [1, 2, 1, 1, 0, 0], means, farthest, counts)
+    found = run(program, "split", 0, torch.float32, [1, 2, 1, 1, 0, 0], means, farthest, counts)
     assert found.take(torch.float32, 1, 2, 1).flatten().tolist() == [1e6, 1e6 + 0.0625]
 
 
@@ -538,7 +504,7 @@ def test_a_draw_at_the_upper_end_takes_the_last_row_that_has_a_weight(program: P
     x, weights = torch.arange(40.0).view(1, 40, 1), torch.rand(1, 40, generator=generator(0)).double()
     weights[0, 37:] = 0
     uniform = torch.full((1, 6), 1 - 2.0**-53, dtype=torch.float64)
-    chosen = Results(program, "seed", 0, x.dtype, [1, 40, 1, 1, 3, 2], x, weights, uniform).take(
+    chosen = run(program, "seed", 0, x.dtype, [1, 40, 1, 1, 3, 2], x, weights, uniform).take(
         torch.int64, 1, 3
     )
     assert chosen[0, 0] == 36
