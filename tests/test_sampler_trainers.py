@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from support import generator, run_ranks, woven
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from clustops.examples import deepcluster, deepcluster_ddp
@@ -56,6 +56,7 @@ class Told(InverseClusterSizeSampler):
     """A sampler that remembers its labels."""
 
     told: list[Tensor]
+    latest: Told
 
     def set_labels(self, labels: Any) -> None:
         self.told = [*getattr(self, "told", []), labels]
@@ -92,7 +93,7 @@ class Logged(DataLoader[Any]):
     fatal: int | None
     drawn = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         sampler = self.sampler
         assert isinstance(sampler, InverseClusterSizeSampler)
         for batch in super().__iter__():
@@ -110,7 +111,7 @@ def train_until_killed(rank: int, world: int, folder: Path, run: int, fatal: int
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{run}", rank=rank, world_size=world)
     Logged.file = folder / f"{run}-{rank}.log"
     Logged.fatal = fatal if rank == world - 1 else None
-    deepcluster_ddp.DataLoader = Logged  # type: ignore[misc]
+    deepcluster_ddp.DataLoader = Logged  # type: ignore[attr-defined]
     for _ in deepcluster_ddp.train(dist.group.WORLD, folder / "checkpoint", epochs=2):
         pass
 
@@ -123,10 +124,10 @@ def test_killed_processes_go_on_with_the_next_index_whatever_their_number(tmp_pa
     for run, (world, fatal) in enumerate(runs):
         arguments = (world, tmp_path, run, fatal)
         if fatal is None:
-            mp.start_processes(train_until_killed, arguments, nprocs=world, start_method="fork")
+            start_processes(train_until_killed, arguments, nprocs=world, start_method="fork")
         else:
-            with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
-                mp.start_processes(train_until_killed, arguments, nprocs=world, start_method="fork")
+            with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+                start_processes(train_until_killed, arguments, nprocs=world, start_method="fork")
         logs = [
             [json.loads(line) for line in (tmp_path / f"{run}-{rank}.log").read_text().splitlines()]
             for rank in range(world)
@@ -145,11 +146,11 @@ def labels_of(epoch: int) -> Tensor:
     return torch.randint(-1, 5, (37,), generator=generator(epoch))
 
 
-def by_index(**ranks: int) -> InverseClusterSizeSampler:
+def by_index(**ranks: Any) -> InverseClusterSizeSampler:
     return InverseClusterSizeSampler(labels_of(0), 37, seed=5, **ranks)
 
 
-def by_batch(**ranks: int) -> MPerClusterBatchSampler:
+def by_batch(**ranks: Any) -> MPerClusterBatchSampler:
     return MPerClusterBatchSampler(labels_of(0), 3, 2, num_batches=11, seed=5, **ranks)
 
 

@@ -130,7 +130,7 @@ class ByBatch(Seen):
     def train_dataloader(self) -> Any:
         data = super().train_dataloader().dataset
         world, rank = self.trainer.world_size, self.trainer.global_rank
-        self.sampler = MPerClusterBatchSampler(self.labels, 4, 5, num_replicas=world, rank=rank)  # type: ignore[assignment]
+        self.sampler: Any = MPerClusterBatchSampler(self.labels, 4, 5, num_replicas=world, rank=rank)
         return DataLoader(data, batch_sampler=self.sampler)
 
     def training_step(self, batch: list[Tensor]) -> Tensor:

@@ -15,6 +15,8 @@ from clustops.sampler import InverseClusterSizeSampler
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from transformers import TrainerCallback  # noqa: E402
+
 from clustops.examples.deepcluster_transformers import Clustering, DeepCluster, Network  # noqa: E402
 
 
@@ -32,7 +34,7 @@ class Seen(Network):
         return super().forward(images, index)
 
 
-class Stop(transformers.TrainerCallback):  # type: ignore[misc]
+class Stop(TrainerCallback):  # type: ignore[misc]
     """Ends a run as if it were killed after a step."""
 
     def __init__(self, step: int | None) -> None:
