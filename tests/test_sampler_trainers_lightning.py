@@ -20,10 +20,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from clustops.examples.deepcluster_lightning import DeepCluster  # noqa: E402
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore::UserWarning"
-    ),  # Lightning advises on workers, loggers, resumed loaders
-    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata calls it
+    # Lightning's advice, and what it and torchdata call themselves.
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),
 ]
 
 
@@ -52,20 +53,21 @@ class SeenByWorkers(Seen):
         return StatefulDataLoader(loader.dataset, loader.batch_size, sampler=loader.sampler, num_workers=2)
 
 
-def fit(model: Any, folder: Path, checkpoint: Path | None = None, **settings: Any) -> Any:
-    """Two epochs of ten steps, each of which leaves a checkpoint."""
+def fit(model: Any, folder: Path, step: int | None = None, **settings: Any) -> Any:
+    """Two epochs of ten steps, each of which leaves a checkpoint; or those that follow such a checkpoint."""
     saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
-        callbacks=[saver],
+        callbacks=[] if step else [saver],
+        enable_checkpointing=not step,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **{"devices": 1, "reload_dataloaders_every_n_epochs": 1, **settings},
     )
-    trainer.fit(model, ckpt_path=checkpoint)
+    trainer.fit(model, ckpt_path=folder / f"step={step}.ckpt" if step else None)
     return model
 
 
@@ -107,7 +109,7 @@ def test_lightning_tells_a_sampler_the_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", [1, 5, 9, 10, 11, 16, 19])
 def test_a_checkpoint_goes_on_with_the_remaining_indices(whole: tuple[Any, Path], step: int) -> None:
     model, folder = whole
-    resumed = fit(Seen(), folder / "resumed", folder / f"step={step}.ckpt")
+    resumed = fit(Seen(), folder, step)
     assert resumed.seen == model.seen[step:]
     assert resumed.clusterings[1] == model.clusterings[1]
 
@@ -119,9 +121,7 @@ def test_a_stateful_loader_is_saved_and_loaded_by_lightning(
     pytest.importorskip("torchdata.stateful_dataloader")
     model = fit(SeenByWorkers(), tmp_path)
     assert model.seen == whole[0].seen
-    assert (
-        fit(SeenByWorkers(), tmp_path / "resumed", tmp_path / f"step={step}.ckpt").seen == model.seen[step:]
-    )
+    assert fit(SeenByWorkers(), tmp_path, step).seen == model.seen[step:]
 
 
 class ByBatch(Seen):
@@ -141,10 +141,8 @@ class ByBatch(Seen):
 
 def fit_of_a_rank(rank: int, world: int, kind: Any, folder: Path, step: int | None) -> Any:
     tell_trainers(rank, world)
-    checkpoint = folder / f"step={step}.ckpt" if step else None
     settings = {"use_distributed_sampler": False} if kind is ByBatch else {}
-    target = folder / "resumed" if step else folder
-    model = fit(kind(), target, checkpoint, devices=world, strategy="ddp", **settings)
+    model = fit(kind(), folder, step, devices=world, strategy="ddp", **settings)
     return model.seen, model.clusterings
 
 
