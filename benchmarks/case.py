@@ -68,7 +68,7 @@ class Case:
     steps: int = 1  # iterations in one run; times are per step
     step_name: str = "call"
     targets: Mapping[str, Target] = field(default_factory=dict)  # CPU, by peer
-    target_seconds: float | None = None  # an absolute target: on a GPU, and for the sampler
+    target_seconds: float | None = None  # on a GPU, and for the sampler on all cores
 
 
 def relative_error(actual: Tensor, oracle: Tensor) -> float:

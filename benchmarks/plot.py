@@ -87,9 +87,14 @@ def _draw_groups(axes: Axes, groups: list[tuple[dict[str, Any], list[Bar]]], mod
 
 def _title(case: dict[str, Any], mode: str) -> str:
     """The case, our time, its share of the floor, and the target in seconds where there is one."""
-    timing = next(row for row in case["rows"] if row["name"] == OURS)["timings"][mode]
-    title = (
-        f"{case['name']}: {seconds(timing['seconds'])} per {case['step']}, {timing['of_floor']:.0%} of floor"
+    timings = next(row for row in case["rows"] if row["name"] == OURS)["timings"]
+    time = f"{seconds(timings[mode]['seconds'])} per {case['step']}, {timings[mode]['of_floor']:.0%} of floor"
+    title, target = f"{case['name']}: {time}", case["target_seconds"]
+    if target is None:
+        return title
+    *_, (last, wall) = timings.items()
+    return (
+        title
+        + ("" if last == mode else f"; {seconds(wall['seconds'])} at {last}")
+        + f", target {seconds(target)}"
     )
-    target = case["target_seconds"]
-    return title if target is None else f"{title}, target {seconds(target)}"

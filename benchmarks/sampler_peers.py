@@ -92,11 +92,11 @@ def _numpy(inputs: Inputs) -> Run:
 def _scipy(inputs: Inputs) -> Run:
     from scipy.sparse import coo_array
 
-    labels, k = inputs["labels"].numpy().astype(np.int32), int(inputs["k"])
-    columns, ones = np.arange(len(labels), dtype=np.int32), np.ones(len(labels), dtype=np.int8)
+    labels, k = inputs["labels"].numpy(), int(inputs["k"])
 
     def run() -> Any:
-        table = coo_array((ones, (labels, columns)), shape=(k, len(labels))).tocsr()
+        columns, ones = np.arange(len(labels), dtype=np.int32), np.ones(len(labels), dtype=np.int8)
+        table = coo_array((ones, (labels.astype(np.int32), columns)), shape=(k, len(labels))).tocsr()
         return torch.from_numpy(table.indices), torch.from_numpy(table.indptr)
 
     return run

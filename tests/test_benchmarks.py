@@ -286,6 +286,23 @@ def test_json_and_table_carry_the_same_numbers(tmp_path: Path):
     assert "load average 0.25" in lines
 
 
+@pytest.mark.parametrize(("wall", "met"), [(0.02, True), (0.03, False)])
+def test_a_target_in_seconds_is_for_all_threads(wall: float, met: bool):
+    two = Mode("2 threads", 2, "wall")
+    row = timed(OURS, 0.04)
+    row.timings["2 threads"] = Timing(wall, 0.0, 3)
+    result = CaseResult(replace(toy(), target_seconds=0.025), [row])
+    result.loads["1 thread"] = 0.0
+    floors = FLOORS | {"2 threads": FLOORS["1 thread"]}
+    report = record.header("toy", "cpu", machine_facts(), [ONE, two], floors)
+    report["cases"].append(record.case_json(result, [ONE, two], floors, report["machine"]))
+    lines = table.case_lines(report["cases"][0], report["modes"])
+    assert "25 ms wall" in lines
+    assert ("25 ms wall MISS" in lines) is not met
+    assert (f"targets met {int(met)}" in table.verdict(report)) is True
+    assert ("30 ms of 25 ms" in table.verdict(report)) is not met
+
+
 def machine_facts() -> dict[str, object]:
     from benchmarks import machine
 
