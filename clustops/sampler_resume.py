@@ -16,7 +16,7 @@ from .sampler_weights import check_labels, fingerprint, largest_label, renumberi
 
 T_co = TypeVar("T_co", covariant=True)
 
-_BLOCK = 1 << 14  # items computed at a time while iterating
+_FIRST, _BLOCK = 1 << 10, 1 << 14  # items computed at a time while iterating: few first, not to be waited for
 _LARGEST_CLUSTER = 2**31 - 1
 _MOST_CLUSTERS = 1 << 24  # more only with more samples: a table of empty clusters is most likely a mistake
 
@@ -125,10 +125,11 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
         # From the first item on: Lightning calls iter(loader) before set_epoch.
         start, self._start = self._start, 0
         order, world, share = self._order, self.num_replicas, self._share(start)
-        for begin in range(0, share, _BLOCK):
-            count = min(_BLOCK, share - begin)
+        begin, block, consumed = 0, _FIRST, start
+        while begin < share:
+            count = min(block, share - begin)
             items = self._take(start + self.rank + world * begin, world, count).tolist()
-            consumed = start + world * begin
+            begin, block = begin + count, _BLOCK
             for item in items:
                 if self._order is not order:
                     raise RuntimeError(

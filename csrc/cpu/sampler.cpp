@@ -12,7 +12,7 @@
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
-constexpr int64_t kTask = 8 * kBlock;  // numbers of one unit of work
+constexpr int64_t kTask = 32 * kBlock;  // numbers of one unit of work: what is not worth a second thread
 constexpr uint64_t kLow = 0xffffffffu;
 
 // Finds the cluster of a slot: a table over the high bits of the slot, then halving.
@@ -71,7 +71,7 @@ struct Places {
 
   template <class T>
   void ask(const MemberTable& table) const {
-    for (int i = 0; i < count; ++i) __builtin_prefetch(static_cast<const T*>(table.members) + at[i]);
+    for (int i = 0; i < count; ++i) __builtin_prefetch(static_cast<const T*>(table.members) + at[i], 0, 2);
   }
   template <class T>
   void read(const MemberTable& table) {
@@ -143,8 +143,12 @@ class OrderTask {
     for (int i = 0; i < count; ++i) slots_.x[i] = position(begin + i);
     permute(slots_, count, total_, key_);
     for (int i = 0; i < count; ++i) {
-      const int64_t slot = static_cast<int64_t>(slots_.image[i]), c = cluster_of_(slot);
+      const int64_t c = cluster_of_(static_cast<int64_t>(slots_.image[i]));
       cluster_[i] = static_cast<uint64_t>(c);
+      __builtin_prefetch(a_.table.offsets + c);
+    }
+    for (int i = 0; i < count; ++i) {
+      const int64_t slot = static_cast<int64_t>(slots_.image[i]), c = static_cast<int64_t>(cluster_[i]);
       first_[i] = a_.table.offsets[c];
       members_.n[i] = size_of_cluster(a_.table, c);
       members_.x[i] = static_cast<uint64_t>(slot - a_.bounds[c]);

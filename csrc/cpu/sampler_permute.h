@@ -1,4 +1,5 @@
-// The permutations behind the samplers' order, a block of numbers at a time. clustops/reference/sampler.py defines them.
+// The permutations behind the samplers' order, a block of numbers at a time, as clustops/reference/sampler.py defines
+// them.
 #pragma once
 
 #include "../common/philox.h"
@@ -8,6 +9,7 @@ namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
 constexpr int kBlock = 512;  // numbers at a time: what a block needs of memory stays in the level 1 cache
+constexpr int kSideBySide = 8;  // vectors in flight, because each waits for its last product
 constexpr int kRounds = 8;
 constexpr uint64_t kRanked = 16;                 // up to here images are ranks
 constexpr uint64_t kExact = uint64_t{1} << 50;  // below it Words divide exactly
@@ -38,40 +40,22 @@ struct Keys {
 template <class W>
 inline W tweak_of(W cluster, W pass, const Keys& key) {
   W z = cluster * key.tweak[0] + pass * key.tweak[1] + key.tweak[2];
-  z = (z ^ z >> 32) * kMix;
+  z = (z ^ high_half(z)) * kMix;
   z = (z ^ z >> 29) * kMixAgain;
-  return z ^ z >> 32;
+  return z ^ high_half(z);
 }
 
 template <class W>
 inline W word_of(W x, W t, uint64_t multiplier) {
   const W z = (x + t) * multiplier;
-  return (z ^ z >> 32) * kMix;
-}
-
-// x mod n for x in [0, 2 n).
-template <class W>
-inline W wrapped(W x, W n) {
-  const W d = x - n;
-  return d + (n & -(d >> 63));
-}
-
-// One pass of the Feistel network on [0, a) x [0, b).
-template <class W>
-inline W feistel(W x, W a, W b, W t, const Keys& key) {
-  W left = quotient(x, b), right = x - low_product(left, b);
-  for (int i = 0; i < kRounds; i += 2) {
-    left = wrapped<W>(left + (low_product(word_of(right, t, key.multiplier[i]) >> 32, a) >> 32), a);
-    right = wrapped<W>(right + (low_product(word_of(left, t, key.multiplier[i + 1]) >> 32, b) >> 32), b);
-  }
-  return low_product(left, b) + right;
+  return (z ^ high_half(z)) * kMix;
 }
 
 // The last shift of a permutation. n may pass 2^31, so the product comes in two parts.
 template <class W>
 inline W turned(W y, W t, W n) {
-  const W word = t >> 32;
-  return wrapped<W>(y + low_product(word, n >> 32) + (low_product(word, n) >> 32), n);
+  const W word = high_half(t);
+  return wrapped(y + low_product(word, high_half(n)) + high_half(low_product(word, n)), n);
 }
 
 // How many of the words of [0, n) are below that of x, as signed numbers.
@@ -101,15 +85,35 @@ inline void shape_cells(Block& block, int count) {
   }
 }
 
+// One pass of the Feistel network on [0, a) x [0, b): from[i] .. to block.image[i] .., kSide words side by side.
+template <int kSide, class W>
+inline void feistel(const uint64_t* from, Block& block, int i, const Keys& key) {
+  constexpr int lanes = sizeof(W) / sizeof(uint64_t);
+  W left[kSide], right[kSide];
+  const auto load = [&](const uint64_t* p, int v) { return load_words<W>(p + i + v * lanes); };
+  for (int v = 0; v < kSide; ++v) {
+    const W x = load(from, v), b = load(block.b, v);
+    left[v] = quotient(x, b), right[v] = x - low_product(left[v], b);
+  }
+  for (int r = 0; r < kRounds; r += 2) {
+    for (int v = 0; v < kSide; ++v) {
+      const W a = load(block.a, v), word = word_of(right[v], load(block.t, v), key.multiplier[r]);
+      left[v] = wrapped(left[v] + high_half(low_product(high_half(word), a)), a);
+    }
+    for (int v = 0; v < kSide; ++v) {
+      const W b = load(block.b, v), word = word_of(left[v], load(block.t, v), key.multiplier[r + 1]);
+      right[v] = wrapped(right[v] + high_half(low_product(high_half(word), b)), b);
+    }
+  }
+  for (int v = 0; v < kSide; ++v) {
+    store_words<W>(low_product(left[v], load(block.b, v)) + right[v], block.image + i + v * lanes);
+  }
+}
+
 template <class W>
 void permute_as(Block& block, int count, const Keys& key) {
-  constexpr int lanes = sizeof(W) / sizeof(uint64_t);
-  const auto pass = [&](auto type, const uint64_t* from, int i) {
-    using V = decltype(type);
-    const auto load = [&](const uint64_t* p) { return load_words<V>(p + i); };
-    store_words(feistel<V>(load(from), load(block.a), load(block.b), load(block.t), key), block.image + i);
-  };
-  for (int i = 0; i < count; i += lanes) pass(W(), block.x, i);
+  constexpr int lanes = sizeof(W) / sizeof(uint64_t), side = lanes > 1 ? kSideBySide : 1;
+  for (int i = 0; i < count; i += side * lanes) feistel<side, W>(block.x, block, i, key);
   int outside[kBlock], found = 0;
   for (int i = 0; i < count; ++i) {
     outside[found] = i;
@@ -117,7 +121,7 @@ void permute_as(Block& block, int count, const Keys& key) {
   }
   for (int k = 0; k < found; ++k) {
     const int i = outside[k];
-    do pass(uint64_t(), block.image, i);
+    do feistel<1, uint64_t>(block.image, block, i, key);
     while (block.image[i] >= block.n[i]);
   }
   for (int i = 0; i < count; i += lanes) {

@@ -1,5 +1,5 @@
-// Runs the samplers' kernels outside Python, so that a sanitizer can watch them (CLUSTOPS_ISA names the instruction set).
-// stdin: int64 labels, clusters, ranges, positions, batches, clusters a batch, samples a cluster, seed, epoch,
+// Runs the samplers' kernels outside Python, so that a sanitizer can watch them (CLUSTOPS_ISA names the instruction
+// set). stdin: int64 labels, clusters, ranges, positions, batches, clusters a batch, samples a cluster, seed, epoch,
 // threads; then int32 labels, bounds, positions, batches. stdout: the largest label, offsets, members, the order by each
 // policy, batches; and the places of the last 1000 positions in tables that reach past 2^33, samples past 2^31.
 #include "../../csrc/cpu/sampler.cpp"
@@ -39,7 +39,7 @@ void write_far_samples() {
   std::vector<int64_t> cursors{0, 2}, offsets{0, 0, 7}, members(7);
   const int64_t first = (int64_t{1} << 31) - 2;
   kernel::place_part<int64_t>(
-      {{&label, first + 5, 0, 4, true}, cursors.data(), offsets.data(), members.data(), 1, 2, DType::i64},
+      {{&label, first + 5, 0, 4, true}, cursors.data(), offsets.data(), members.data(), 1, 2, DType::i64}, &label,
       {0, first, first + 5, 0, 2});
   write(members);
 }
