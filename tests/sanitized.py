@@ -48,6 +48,6 @@ def build_for_threads(folder: Path, program: str, *flags: str) -> Path:
 
 def _build(folder: Path, program: str, *flags: str) -> Path:
     sources = TESTS / "native"
-    command = [str(COMPILER), "-std=c++17", "-O1", "-g", "-w", "-pthread", f"-I{sources}", *flags]
+    command = [str(COMPILER), "-std=c++17", "-O1", "-g1", "-w", "-pthread", f"-I{sources}", *flags]
     subprocess.run([*command, str(sources / f"{program}.cpp"), "-o", str(folder / program)], check=True)
     return folder / program
