@@ -18,7 +18,8 @@ class MPerClusterBatchSampler(ResumableSampler[list[int]]):
     order, as many batches as they fill; what is left of a pass that does not divide is dropped, another part
     each pass. Of n members a batch takes distinct ones, or, where n < m, each m div n times and some once
     more. Batch b is a pure function of (seed, epoch, b), written down in ``clustops/reference/sampler.py``.
-    Give it to ``DataLoader`` as ``batch_sampler``.
+    Give it to ``DataLoader`` as ``batch_sampler``; over ranks Lightning then wants
+    ``Trainer(use_distributed_sampler=False)``.
 
     The same epoch gives the same order, pass after pass: call ``set_epoch(epoch)`` before each pass.
 

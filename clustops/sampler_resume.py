@@ -146,10 +146,9 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
     def state_dict(self) -> dict[str, Any]:
         """Where the latest iteration stands, and what fixes its order; equal on all ranks at equal steps.
 
-        ``consumed`` counts positions of the global order that were handed out. A ``DataLoader`` with workers
-        reads
-        ahead of training: use torchdata's ``StatefulDataLoader``, or set ``consumed`` to the samples trained
-        on, over all ranks.
+        ``consumed`` counts positions of the global order that were handed out. A ``DataLoader`` with workers,
+        and one that Accelerate has prepared, reads ahead of training: use torchdata's ``StatefulDataLoader``,
+        or set ``consumed`` to the samples trained on, over all ranks.
         """
         return {**self._identity(), "epoch": self.epoch, "consumed": min(self._consumed, self.order_size)}
 
