@@ -84,6 +84,7 @@ def _rank_main(
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.barrier()  # a rank with little to do could leave before others have connected to it
     try:
         torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
     except BaseException:
