@@ -5,7 +5,7 @@ class-aware contrastive loss, and balanced sampling over pseudo-labels. ``clusto
 PyTorch twin of each.
 """
 
-from . import metrics, reference
+from . import metrics, plots, reference
 from .checks import ClustopsWarning
 from .contrastive import ccssl_loss, info_nce_loss, pseudo_labels, supcon_loss
 from .contrastive_modules import CCSSLLoss, InfoNCELoss, SupConLoss
@@ -63,6 +63,7 @@ __all__ = [
     "kmeans_plus_plus",
     "metrics",
     "pca_whiten",
+    "plots",
     "pseudo_labels",
     "reference",
     "repair_empty_clusters",

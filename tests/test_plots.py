@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,12 @@ def test_given_axes_are_drawn_on(tmp_path: Path) -> None:
     assert not pyplot.get_fignums()
     figure.savefig(tmp_path / "sizes.png")
     assert (tmp_path / "sizes.png").stat().st_size > 5000
+
+
+def test_matplotlib_is_loaded_by_the_first_picture_alone() -> None:
+    program = "import sys, clustops; clustops.plots.plot_cluster_sizes; print('matplotlib' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
 
 
 def test_another_sampler_is_refused() -> None:
