@@ -152,7 +152,7 @@ def cluster_members(labels: Any, k: int) -> tuple[Any, Any]:
 
     Args:
         labels: ``[N]`` integers below ``k``; negative ones belong to no cluster. A memory-mapped array is
-            read in pieces.
+            streamed where it lies.
         k: number of clusters, >= 1.
 
     Returns:
@@ -162,7 +162,9 @@ def cluster_members(labels: Any, k: int) -> tuple[Any, Any]:
     Raises:
         TypeError, ValueError: labels are not ``[N]`` integers below ``k``, or ``k`` is no integer >= 1.
 
-    Cost: a counting sort in pieces of 2^24 labels; memory is the table and one piece.
+    Cost: a counting sort over threads: three streams over the labels and one write a sample, where its
+    cluster's others lie; memory is the table and counts of at most its size, or of ``k`` clusters where that
+    is more. Without kernels, and on a GPU, a sort of each piece of 2^24 labels.
 
     Example:
         >>> cluster_members(torch.tensor([1, 0, -1, 1]), 2)
