@@ -150,6 +150,13 @@ def test_members_of_many_labels_and_threads() -> None:
             assert int(ops.largest_label(labels)) == 298
 
 
+def test_labels_without_a_sign_reach_twice_as_far() -> None:
+    for dtype, largest in ((torch.uint8, 255), (torch.uint16, 65535), (torch.uint32, 2**32 - 1)):
+        assert int(ops.largest_label(torch.tensor([0, largest], dtype=dtype))) == largest
+    members, offsets = ops.cluster_members(torch.tensor([255, 128, 255], dtype=torch.uint8), 256)
+    assert (members.tolist(), offsets[[128, 129, 255, 256]].tolist()) == ([1, 0, 2], [0, 1, 1, 3])
+
+
 def test_labels_beyond_two_to_the_63_are_no_cluster() -> None:
     labels = torch.tensor([2**64 - 1, 1, 2**63], dtype=torch.uint64)
     assert [t.tolist() for t in ops.cluster_members(labels, 2)] == [[1], [0, 0, 1]]
@@ -209,7 +216,7 @@ def test_tables_that_contradict_themselves_raise(
         ([0], [0, 1], 1, 0),
         ([-1], [0, 1], 1, 1),
         ([0], [0, 2], 2, 1),
-        ([0], [0, -1], 2, 1),
+        ([0], [0, -(2**40)], 2, 1),
         ([0], [], 1, 1),
     ],
 )
