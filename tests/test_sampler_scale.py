@@ -180,17 +180,14 @@ class Weighed(Dataset[Tensor]):
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int]:
-    """Kilobytes in memory, and those that no other process has, of the mapping that holds the tensor."""
-    inside, resident, private = False, 0, 0
+    """Kilobytes in memory, and those that no other process has, of the mappings that hold the tensor."""
+    first, sizes, inside = tensor.data_ptr(), {"Rss": 0, "Private": 0}, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= tensor.data_ptr() < int(found[2], 16)
-        elif inside and line.startswith(("Rss", "Private_Clean", "Private_Dirty")):
-            kilobytes = int(line.split()[1])
-            resident, private = (
-                (kilobytes, private) if line.startswith("Rss") else (resident, private + kilobytes)
-            )
-    return resident, private
+            inside = int(found[1], 16) < first + tensor.nbytes and int(found[2], 16) > first
+        elif inside and (name := re.split("[:_]", line)[0]) in sizes:
+            sizes[name] += int(line.split()[1])
+    return sizes["Rss"], sizes["Private"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
