@@ -396,6 +396,9 @@ void bind_sampler(py::module_& m) {
       "largest_label",
       [](const Labels& labels, int threads) { return cpu::kernels().largest_label(labels, threads); }, release());
   m.def(
+      "fingerprint",
+      [](const Labels& numbers, int threads) { return cpu::kernels().fingerprint(numbers, threads); }, release());
+  m.def(
       "count_members",
       [](const Labels& labels, const Tensor& cursors, const Tensor& offsets, int threads) {
         cpu::kernels().count_members(clustops::cluster_members_arguments(labels, cursors, offsets, nullptr), threads);

@@ -163,6 +163,32 @@ def test_labels_beyond_two_to_the_63_are_no_cluster() -> None:
     assert int(ops.largest_label(labels)) == 1
 
 
+@given(
+    n=st.sampled_from([0, 1, 7, 8, 9, 131, 65537]),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    number=st.integers(1, 3),
+    seed=seeds,
+)
+def test_fingerprints_are_the_reference_s(n: int, dtype: torch.dtype, number: int, seed: int) -> None:
+    numbers = torch.randint(-9, 2**31 - 1, (n,), generator=generator(seed)).to(dtype)
+    with threads(number):
+        found = ops.sampler_fingerprint(numbers)
+        assert torch.equal(found, reference.fingerprint(numbers))
+        assert torch.equal(ops.sampler_fingerprint(numbers.repeat_interleave(2)[::2]), found)
+
+
+def test_fingerprints_tell_numbers_and_their_order(cpu_path: str) -> None:
+    numbers = torch.arange(300_000, dtype=torch.int32)
+    other, swapped = numbers.clone(), numbers.clone()
+    other[-1] += 1
+    swapped[[5, 299_990]] = swapped[[299_990, 5]]
+    words = [
+        int(ops.sampler_fingerprint(x)) for x in (numbers, other, swapped, numbers[:-1], numbers.roll(1))
+    ]
+    assert len(set(words)) == 5
+    assert words[0] == 6995900338882587930
+
+
 @pytest.mark.slow
 def test_more_than_two_to_the_31_labels_are_counted() -> None:
     labels = torch.full((1,), -1, dtype=torch.int8).expand(2**31 + 5)
@@ -251,4 +277,5 @@ def test_read_only_labels_are_not_written() -> None:
 def test_new_ops_pass_opcheck() -> None:
     given = MEMBERS, OFFSETS, torch.tensor([0, 5, 10]), 1, 2, "cover"
     torch.library.opcheck(ops.largest_label, (torch.tensor([0, 2, -1]),))
+    torch.library.opcheck(ops.sampler_fingerprint, (torch.tensor([0, 2, -1]),))
     torch.library.opcheck(ops.sampler_range, (0, 2, 7, *given))

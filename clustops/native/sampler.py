@@ -1,4 +1,4 @@
-"""clustops::largest_label, cluster_members, sampler_order, sampler_range, sampler_batches."""
+"""clustops::largest_label, cluster_members, sampler_order, _range, _batches, _fingerprint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import extension, register
 from . import sampler_cpu as cpu
 
 
-def _fake_largest(labels: Tensor) -> Tensor:
+def _fake_word(labels: Tensor) -> Tensor:
     return labels.new_empty((), dtype=torch.int64)
 
 
@@ -64,8 +64,14 @@ _cpu = hasattr(extension, "sampler_order")
 register(
     "largest_label(Tensor labels) -> Tensor",
     reference=reference.largest_label,
-    fake=_fake_largest,
+    fake=_fake_word,
     cpu=cpu.largest_label if _cpu else None,
+)
+register(
+    "sampler_fingerprint(Tensor numbers) -> Tensor",
+    reference=reference.fingerprint,
+    fake=_fake_word,
+    cpu=cpu.fingerprint if _cpu else None,
 )
 register(
     "cluster_members(Tensor labels, int k) -> (Tensor members, Tensor offsets)",

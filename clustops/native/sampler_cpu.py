@@ -13,6 +13,11 @@ def largest_label(labels: Tensor) -> Tensor:
     return torch.tensor(extension.largest_label(view(labels), torch.get_num_threads()))
 
 
+def fingerprint(numbers: Tensor) -> Tensor:
+    """``clustops::sampler_fingerprint``."""
+    return torch.tensor(extension.fingerprint(view(numbers.contiguous()), torch.get_num_threads()))
+
+
 def cluster_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``clustops::cluster_members``."""
     n, threads = labels.numel(), torch.get_num_threads()

@@ -45,6 +45,7 @@ RANKED = 16  # up to here a Feistel network has too few cells to look like a ran
 _MASK = 0xFFFFFFFF
 _CHUNK = 1 << 15  # positions at a time: temporaries stay in the cache
 _LABELS_CHUNK = 1 << 24
+_FINGERPRINT_CHUNK = 1 << 18
 
 
 def _signed(word: int) -> int:
@@ -53,6 +54,7 @@ def _signed(word: int) -> int:
 
 _M = _signed(0xFF51AFD7ED558CCD)
 _M_PRIME = _signed(0xC4CEB9FE1A85EC53)
+_OF_NUMBER, _OF_PLACE = _signed(0x9E3779B97F4A7C15), _signed(0xD1342543DE82EF95)
 
 
 class Keys(NamedTuple):
@@ -90,7 +92,10 @@ def _shift(x: Tensor, word: Tensor, n: Tensor) -> Tensor:
 
 def tweak(cluster: Tensor, passes: Tensor, key: Keys) -> Tensor:
     """One 64-bit word for each (cluster, pass)."""
-    z = cluster * key.tweak[0] + passes * key.tweak[1] + key.tweak[2]
+    return _mix(cluster * key.tweak[0] + passes * key.tweak[1] + key.tweak[2])
+
+
+def _mix(z: Tensor) -> Tensor:
     z = z.bitwise_xor_(_high(z)).mul_(_M)
     z = z.bitwise_xor_((z >> 29) & (2**35 - 1)).mul_(_M_PRIME)
     return z.bitwise_xor_(_high(z))
@@ -291,6 +296,19 @@ def sampler_batches(
     t = tweak(cluster, passes.unsqueeze(2) * samples_per_cluster + again, key)
     index = offsets[cluster] + permute(j - again * n, n.expand_as(j), t, key)
     return members[index].long().flatten(1)
+
+
+def fingerprint(numbers: Tensor) -> Tensor:
+    """A 64-bit word, int64 ``[]``, that tells ``[N]`` integers from others; not against an adversary.
+
+    The sum over i of ``mix(numbers[i] * A + (i + 1) * B)``, so that it can be taken in any order.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=numbers.device)
+    for i, chunk in enumerate(numbers.split(_FINGERPRINT_CHUNK)):
+        first = i * _FINGERPRINT_CHUNK + 1
+        place = torch.arange(first, first + chunk.numel(), device=numbers.device)
+        total += _mix(chunk.long() * _OF_NUMBER + place * _OF_PLACE).sum()
+    return total
 
 
 def largest_label(labels: Tensor) -> Tensor:

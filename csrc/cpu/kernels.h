@@ -48,6 +48,7 @@ struct Kernels {
   void (*weighted_gradient)(const WeightedGradient& problem, int threads);
 
   int64_t (*largest_label)(const Labels& labels, int threads);  // -1 where there is none
+  int64_t (*fingerprint)(const Labels& numbers, int threads);   // contiguous
   void (*count_members)(const ClusterMembers& problem, int threads);
   void (*place_members)(const ClusterMembers& problem, int threads);
   void (*sampler_order)(const SamplerOrder& problem, int threads);

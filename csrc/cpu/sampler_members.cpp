@@ -7,12 +7,14 @@
 #include "../common/pages.h"
 #include "../common/parallel.h"
 #include "../common/sampler.h"
+#include "sampler_permute.h"
 
 namespace clustops::cpu::CLUSTOPS_ISA {
 namespace {
 
 constexpr int64_t kStretch = 1 << 16;  // labels of one unit of work where any thread may take it
 constexpr int64_t kPages = 4 << 20;    // bytes of the table made present at a time
+constexpr uint64_t kOfNumber = 0x9E3779B97F4A7C15, kOfPlace = 0xD1342543DE82EF95;
 constexpr int64_t kAhead = 16;         // labels from asking for memory to its use
 
 // Calls work with the labels in their own type; of 64 bits without a sign, those past 2^63 are negative.
@@ -99,6 +101,17 @@ void add_up(const ClusterMembers& a) {
   a.offsets[a.clusters] = at;
 }
 
+// Of stride 1.
+template <class Label>
+uint64_t fingerprint_of(const Label* numbers, int64_t first, int64_t count) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint64_t x = static_cast<uint64_t>(static_cast<int64_t>(numbers[i]));
+    sum += mixed<uint64_t>(x * kOfNumber + static_cast<uint64_t>(first + i + 1) * kOfPlace);
+  }
+  return sum;
+}
+
 template <class Label>
 int64_t largest_of(const Label* labels, int64_t stride, int64_t count) {
   int64_t largest = -1;
@@ -119,6 +132,16 @@ int64_t largest_label(const Labels& labels, int threads) {
     most[thread] = std::max(most[thread], largest);
   });
   return *std::max_element(most.begin(), most.end());
+}
+
+int64_t fingerprint(const Labels& numbers, int threads) {
+  if (numbers.stride != 1 && numbers.count > 1) throw std::invalid_argument("numbers must be contiguous");
+  std::atomic<uint64_t> sum{0};
+  parallel_for((numbers.count + kStretch - 1) / kStretch, threads, [&](int64_t i, int) {
+    const int64_t first = i * kStretch, count = std::min(kStretch, numbers.count - first);
+    sum += with_labels(numbers, [&](const auto* data) { return fingerprint_of(data + first, first, count); });
+  });
+  return static_cast<int64_t>(sum.load());
 }
 
 void count_members(const ClusterMembers& a, int threads) {

@@ -36,13 +36,17 @@ struct Keys {
   }
 };
 
+template <class W>
+inline W mixed(W z) {
+  z = (z ^ z >> 32) * kMix;
+  z = (z ^ z >> 29) * kMixAgain;
+  return z ^ z >> 32;
+}
+
 // One word for each (cluster, pass).
 template <class W>
 inline W tweak_of(W cluster, W pass, const Keys& key) {
-  W z = cluster * key.tweak[0] + pass * key.tweak[1] + key.tweak[2];
-  z = (z ^ high_half(z)) * kMix;
-  z = (z ^ z >> 29) * kMixAgain;
-  return z ^ high_half(z);
+  return mixed<W>(cluster * key.tweak[0] + pass * key.tweak[1] + key.tweak[2]);
 }
 
 template <class W>

@@ -29,6 +29,7 @@ void contrastive_rows_backward(const ContrastiveBackward& problem, int threads);
 void weighted_sums(const WeightedSums& problem, int threads);
 void weighted_gradient(const WeightedGradient& problem, int threads);
 int64_t largest_label(const Labels& labels, int threads);
+int64_t fingerprint(const Labels& numbers, int threads);
 void count_members(const ClusterMembers& problem, int threads);
 void place_members(const ClusterMembers& problem, int threads);
 void sampler_order(const SamplerOrder& problem, int threads);
@@ -64,6 +65,7 @@ const Kernels table = {kmeans_assign_workspace,
                        weighted_sums,
                        weighted_gradient,
                        largest_label,
+                       fingerprint,
                        count_members,
                        place_members,
                        sampler_order,

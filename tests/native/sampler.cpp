@@ -1,7 +1,8 @@
 // Runs the samplers' kernels outside Python, so that a sanitizer can watch them (CLUSTOPS_ISA names the instruction
 // set). stdin: int64 labels, clusters, ranges, positions, batches, clusters a batch, samples a cluster, seed, epoch,
-// threads; then int32 labels, bounds, positions, batches. stdout: the largest label, offsets, members, the order by each
-// policy, batches; and the places of the last 1000 positions in tables that reach past 2^33, samples past 2^31.
+// threads; then int32 labels, bounds, positions, batches. stdout: the largest label, the labels' fingerprint, offsets,
+// members, the order by each policy, batches; and the places of the last 1000 positions in tables that reach past 2^33,
+// samples past 2^31.
 #include "../../csrc/cpu/sampler.cpp"
 #include "../../csrc/cpu/sampler_members.cpp"
 #include "stream.h"
@@ -57,7 +58,7 @@ int main() {
   std::vector<int32_t> cursors(ranges * k);
   std::vector<int64_t> offsets(k + 1);
   clustops::ClusterMembers table{labels, cursors.data(), offsets.data(), nullptr, ranges, k, DType::i32};
-  write(std::vector<int64_t>{kernel::largest_label(labels, threads)});
+  write(std::vector<int64_t>{kernel::largest_label(labels, threads), kernel::fingerprint(labels, threads)});
   kernel::count_members(table, threads);
   std::vector<int32_t> members(offsets[k]);
   table.members = members.data();
