@@ -161,7 +161,8 @@ def test_a_rank_that_dies_ends_the_others_with_an_error(folder: Path) -> None:
     finally:
         for process in ranks:
             process.kill()
-    assert all(process.returncode == 1 for process in ranks)
+    # 1, or what an abort gives: Gloo's own threads may end a process whose peer has gone.
+    assert all(process.returncode != 0 for process in ranks), errors
     assert "the disk is gone" in errors[1]
     assert "Error" in errors[0]
     assert "the disk is gone" not in errors[0]
