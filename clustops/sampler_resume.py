@@ -92,10 +92,11 @@ class ResumableSampler(DistributedSampler[T_co], ABC):
                 f"{tensor.numel()} without",
                 "label samples first",
             )
-        largest = int(offsets.diff().max())
+        counts = offsets.diff()
+        largest = int(counts.max())
         if largest > _LARGEST_CLUSTER:
             reject("labels", f"at most {_LARGEST_CLUSTER} equal ones", largest, "split the cluster")
-        self._measure(offsets.diff())
+        self._measure(counts)
         self.members, self.offsets = members, offsets
         self._hash: str | None = None
         self._order = object()

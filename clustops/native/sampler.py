@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,29 +22,11 @@ def _fake_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labelled, dtype=dtype), labels.new_empty(k + 1, dtype=torch.int64)
 
 
-def _fake_order(
-    positions: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    bounds: Tensor,
-    seed: int,
-    epoch: int,
-    replacement: str,
-) -> Tensor:
+def _fake_order(positions: Tensor, *unused: Any) -> Tensor:
     return positions.new_empty(positions.shape)
 
 
-def _fake_range(
-    start: int,
-    step: int,
-    count: int,
-    members: Tensor,
-    offsets: Tensor,
-    bounds: Tensor,
-    seed: int,
-    epoch: int,
-    replacement: str,
-) -> Tensor:
+def _fake_range(start: int, step: int, count: int, members: Tensor, offsets: Tensor, *unused: Any) -> Tensor:
     return offsets.new_empty(count)
 
 
@@ -53,8 +37,7 @@ def _fake_batches(
     clusters: Tensor,
     clusters_per_batch: int,
     samples_per_cluster: int,
-    seed: int,
-    epoch: int,
+    *unused: Any,
 ) -> Tensor:
     return batches.new_empty(batches.shape[0], clusters_per_batch * samples_per_cluster)
 

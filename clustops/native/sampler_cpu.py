@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,41 +35,29 @@ def cluster_members(labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return members, offsets
 
 
-def sampler_order(
-    positions: Tensor,
-    members: Tensor,
-    offsets: Tensor,
-    bounds: Tensor,
-    seed: int,
-    epoch: int,
-    replacement: str,
-) -> Tensor:
+def sampler_order(positions: Tensor, *rest: Any) -> Tensor:
     """``clustops::sampler_order``."""
     result = torch.empty_like(positions, memory_format=torch.contiguous_format)
-    given = views(members, offsets, bounds)
-    threads = torch.get_num_threads()
-    extension.sampler_order(
-        view(result), view(positions.contiguous()), 0, 1, *given, seed, epoch, replacement, threads
-    )
-    return result
+    return _order(result, view(positions.contiguous()), 0, 1, *rest)
 
 
-def sampler_range(
+def sampler_range(start: int, step: int, count: int, members: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+    """``clustops::sampler_range``."""
+    return _order(offsets.new_empty(count), None, start, step, members, offsets, *rest)
+
+
+def _order(
+    result: Tensor,
+    positions: Any,
     start: int,
     step: int,
-    count: int,
     members: Tensor,
     offsets: Tensor,
     bounds: Tensor,
-    seed: int,
-    epoch: int,
-    replacement: str,
+    *rest: Any,
 ) -> Tensor:
-    """``clustops::sampler_range``."""
-    result = offsets.new_empty(count)
     given = views(members, offsets, bounds)
-    threads = torch.get_num_threads()
-    extension.sampler_order(view(result), None, start, step, *given, seed, epoch, replacement, threads)
+    extension.sampler_order(view(result), positions, start, step, *given, *rest, torch.get_num_threads())
     return result
 
 
